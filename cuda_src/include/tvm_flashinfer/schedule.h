@@ -1,0 +1,420 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// The scheduler: (lengths, layout, bounds) -> plan. FlashInfer, MLSys 2025, Algorithm 1, over the
+// levels of a composable format and over query tiles with the GQA group folded into their rows.
+// Pure, deterministic, and free of allocation once a Scheduler exists.
+#ifndef TVM_FLASHINFER_SCHEDULE_H_
+#define TVM_FLASHINFER_SCHEDULE_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "plan.h"
+
+namespace tvm_flashinfer {
+
+/*!
+ * \brief One level of a block-sparse layout: row i holds queries [qo_indptr[i], qo_indptr[i + 1])
+ * and the KV pages kv_indices[kv_indptr[i] : kv_indptr[i + 1]].
+ */
+struct LayoutLevel {
+  int32_t num_rows = 0;
+  const int32_t* qo_indptr = nullptr;       //!< [num_rows + 1]
+  const int32_t* kv_indptr = nullptr;       //!< [num_rows + 1]
+  const int32_t* kv_indices = nullptr;      //!< [kv_indptr[num_rows]]
+  const int32_t* last_block_len = nullptr;  //!< [num_rows] tokens in a row's last page
+  const int32_t* kv_position = nullptr;     //!< [num_rows], or null: every row starts at 0
+};
+
+/*! \brief What a batch needs planned. */
+struct ScheduleInput {
+  int32_t num_requests = 0;
+  const int32_t* qo_indptr = nullptr;  //!< [num_requests + 1]
+  const int32_t* kv_len = nullptr;     //!< [num_requests] KV tokens, all levels together
+  int32_t num_levels = 1;
+  const LayoutLevel* levels = nullptr;  //!< shared prefixes first; the last covers every query
+  int32_t page_size = 1;
+  /*! Positions of the query tokens; null: bottom-right, the last query sits on the last KV token. */
+  const int32_t* q_position = nullptr;
+  bool causal = true;
+  int32_t window_left = -1;     //!< >= 0: a query sees this many tokens before itself
+  int32_t attention_sink = 0;   //!< first tokens that a window never hides
+  int32_t group = 1;            //!< query heads of a KV head
+  int32_t tile_tokens = 1;      //!< query tile, from ChooseTileTokens
+  int32_t kv_align = 1;         //!< chunks are multiples of this many tokens
+  int32_t min_chunk = 128;      //!< shortest chunk worth a partial state, in tokens
+  int32_t fixed_chunk = 0;      //!< > 0: batch-invariant, every tile is cut at these multiples
+  int32_t compute_rows = 16;    //!< packed rows at which a KV token's arithmetic costs its bytes
+  int32_t item_overhead = 32;   //!< cost of starting an item, in KV tokens
+  bool shared_queue = false;    //!< workers take items dynamically from one descending queue
+};
+
+/*! \brief A batch that does not fit the plan's bounds. Nothing was written. */
+class PlanOverflow : public std::runtime_error {
+ public:
+  PlanOverflow(const char* section, int64_t need, int64_t bound)
+      : std::runtime_error("plan section `" + std::string(section) + "` needs " +
+                           std::to_string(need) + " entries, its bound is " +
+                           std::to_string(bound)) {}
+};
+
+/*!
+ * \brief Query tile in tokens: the smallest of the backend's row tiles that holds a row's mean
+ * query length with the group folded in, so decode wastes no rows and prefill reads KV rarely.
+ * \param row_tiles Ascending packed-row tiles the kernel was compiled for.
+ */
+inline int32_t ChooseTileTokens(int64_t num_q_tokens, int64_t num_rows, int32_t group,
+                                const int32_t* row_tiles, int32_t num_row_tiles) {
+  const int64_t mean = num_rows > 0 ? (num_q_tokens + num_rows - 1) / num_rows : 1;
+  int32_t rows = row_tiles[num_row_tiles - 1];
+  for (int32_t i = num_row_tiles - 1; i >= 0; --i) {
+    if (row_tiles[i] >= mean * group) rows = row_tiles[i];
+  }
+  return std::max(1, rows / group);
+}
+
+/*! \brief Makes plans within fixed bounds. Not thread-safe: one per plan buffer. */
+class Scheduler {
+ public:
+  explicit Scheduler(const PlanBounds& bounds)
+      : bounds_(bounds), layout_(PlanLayout::Make(bounds)) {
+    const int64_t tiles = int64_t{bounds.max_levels} * bounds.max_q_tokens;
+    const int64_t chunks = layout_.max_items / bounds.num_kv_heads;
+    tiles_.resize(tiles);
+    chunks_.resize(chunks);
+    keys_.resize(chunks);
+    heap_.resize(bounds.num_workers);
+    owner_.resize(layout_.max_items);
+    states_.resize(bounds.max_q_tokens + 1);
+  }
+
+  const PlanBounds& bounds() const { return bounds_; }
+  const PlanLayout& layout() const { return layout_; }
+
+  /*!
+   * \brief Write the plan of a batch into `buffer` (layout().total int32).
+   * \throws PlanOverflow before anything is written.
+   */
+  void Plan(const ScheduleInput& in, int32_t* buffer) {
+    MakeTiles(in);
+    if (in.fixed_chunk > 0) {
+      CutTiles(in, 0, in.fixed_chunk);
+    } else {
+      Balance(in);
+    }
+    Emit(in, buffer);
+  }
+
+  /*! \brief Highest worker cost over the mean one, of the last plan with per-worker queues. */
+  double imbalance() const { return imbalance_; }
+
+ private:
+  struct Tile {
+    int32_t row, level, q_begin, q_count, kv_begin, kv_end;
+    int32_t num_chunks, chunk;  // chunk: tokens
+    int64_t weight;             // cost of one KV token
+  };
+  struct Chunk {
+    int32_t tile, kv_begin, kv_count;
+    int32_t partial;  // first partial row, or -1
+    int64_t cost;
+  };
+  struct Load {
+    int64_t cost;
+    int32_t worker;
+    // std heaps keep the greatest on top: order by cheapest, then lowest worker.
+    bool operator<(const Load& o) const {
+      return cost != o.cost ? cost > o.cost : worker > o.worker;
+    }
+  };
+
+  static void Require(PlanSection section, int64_t need, int64_t bound) {
+    if (need > bound) throw PlanOverflow(PlanSectionName(section), need, bound);
+  }
+
+  static int32_t RowKVLen(const LayoutLevel& level, int32_t row, int32_t page_size) {
+    const int32_t pages = level.kv_indptr[row + 1] - level.kv_indptr[row];
+    return pages == 0 ? 0 : (pages - 1) * page_size + level.last_block_len[row];
+  }
+
+  /*! Positions [lo, hi] of query tokens [begin, end), which may span requests. */
+  void PositionRange(const ScheduleInput& in, int32_t begin, int32_t end, int32_t* request,
+                     int32_t* lo, int32_t* hi) const {
+    *lo = INT32_MAX;
+    *hi = INT32_MIN;
+    for (int32_t t = begin; t < end; ++t) {
+      while (in.qo_indptr[*request + 1] <= t) ++*request;
+      const int32_t p = QPosition(in, *request, t);
+      *lo = std::min(*lo, p);
+      *hi = std::max(*hi, p);
+    }
+  }
+
+  static int32_t QPosition(const ScheduleInput& in, int32_t request, int32_t t) {
+    if (in.q_position != nullptr) return in.q_position[t];
+    return in.kv_len[request] - (in.qo_indptr[request + 1] - t);
+  }
+
+  void MakeTiles(const ScheduleInput& in) {
+    const int32_t num_tokens = in.qo_indptr[in.num_requests];
+    Require(PlanSection::kRequestKVLen, in.num_requests, bounds_.max_requests);
+    Require(PlanSection::kQPosition, num_tokens, bounds_.max_q_tokens);
+    Require(PlanSection::kKVIndptr, in.num_levels, bounds_.max_levels);
+    int64_t pages = 0;
+    for (int32_t l = 0; l < in.num_levels; ++l) {
+      Require(PlanSection::kKVPosition, in.levels[l].num_rows, bounds_.max_requests);
+      pages += in.levels[l].kv_indptr[in.levels[l].num_rows];
+    }
+    Require(PlanSection::kKVIndices, pages, bounds_.max_kv_pages);
+    if (in.tile_tokens > bounds_.max_tile_tokens) {
+      throw PlanOverflow("tile_tokens", in.tile_tokens, bounds_.max_tile_tokens);
+    }
+    num_tiles_ = 0;
+    for (int32_t l = 0; l < in.num_levels; ++l) {
+      const LayoutLevel& level = in.levels[l];
+      int32_t request = 0;
+      for (int32_t row = 0; row < level.num_rows; ++row) {
+        const int32_t kv_len = RowKVLen(level, row, in.page_size);
+        const int32_t position = level.kv_position == nullptr ? 0 : level.kv_position[row];
+        for (int32_t q = level.qo_indptr[row]; q < level.qo_indptr[row + 1]; q += in.tile_tokens) {
+          Tile t;
+          t.row = row;
+          t.level = l;
+          t.q_begin = q;
+          t.q_count = std::min(in.tile_tokens, level.qo_indptr[row + 1] - q);
+          t.kv_begin = 0;
+          t.kv_end = kv_len;
+          if (in.causal || in.window_left >= 0) {
+            int32_t lo, hi;
+            PositionRange(in, q, q + t.q_count, &request, &lo, &hi);
+            if (in.causal) t.kv_end = std::clamp(hi + 1 - position, 0, kv_len);
+            const int32_t first = lo - in.window_left - position;
+            // A window with sinks is cut by the kernel's tile test: its range has a hole.
+            if (in.window_left >= 0 && first > 0 && in.attention_sink <= position) {
+              t.kv_begin = std::min(first / in.kv_align * in.kv_align, t.kv_end);
+            }
+          }
+          t.weight = std::max<int64_t>(in.compute_rows, int64_t{t.q_count} * in.group);
+          tiles_[num_tiles_++] = t;
+        }
+      }
+    }
+  }
+
+  /*!
+   * Cut every tile into equal chunks of at most `fixed` tokens or, if that is 0, of cost at most
+   * `bound`; costs of the chunks go to chunks_.
+   */
+  void CutTiles(const ScheduleInput& in, int64_t bound, int32_t fixed) {
+    std::fill(states_.begin(), states_.begin() + in.qo_indptr[in.num_requests] + 1, 0);
+    num_chunks_ = 0;
+    int64_t need = 0;
+    for (int64_t i = 0; i < num_tiles_; ++i) {
+      Tile& t = tiles_[i];
+      const int32_t len = t.kv_end - t.kv_begin;
+      int64_t chunk = fixed > 0 ? fixed : std::max<int64_t>(in.min_chunk, bound / t.weight);
+      chunk = (chunk + in.kv_align - 1) / in.kv_align * in.kv_align;
+      t.num_chunks = static_cast<int32_t>((len + chunk - 1) / chunk);
+      if (fixed == 0 && t.num_chunks > 1) {  // even chunks balance better than one short tail
+        const int64_t even = (len + t.num_chunks - 1) / t.num_chunks;
+        chunk = (even + in.kv_align - 1) / in.kv_align * in.kv_align;
+        t.num_chunks = static_cast<int32_t>((len + chunk - 1) / chunk);
+      }
+      t.chunk = static_cast<int32_t>(std::min<int64_t>(chunk, INT32_MAX));
+      // The last level covers every query token: there an empty tile still writes (0, -inf).
+      if (t.num_chunks == 0 && t.level == in.num_levels - 1) t.num_chunks = 1;
+      need += t.num_chunks;
+      Require(PlanSection::kItems, need * bounds_.num_kv_heads, layout_.max_items);
+      for (int32_t c = 0; c < t.num_chunks; ++c) {
+        const int32_t begin = t.kv_begin + c * t.chunk;
+        const int32_t count = std::max(0, std::min(t.chunk, t.kv_end - begin));
+        chunks_[num_chunks_++] = {static_cast<int32_t>(i), begin, count, -1,
+                                  (int64_t{count} + in.item_overhead) * t.weight};
+      }
+      for (int32_t q = 0; q < t.q_count; ++q) states_[t.q_begin + q] += t.num_chunks;
+    }
+    num_partials_ = 0;
+    for (int64_t i = 0; i < num_tiles_; ++i) {
+      const Tile& t = tiles_[i];
+      if (IsPartial(t)) num_partials_ += int64_t{t.num_chunks} * t.q_count;
+    }
+    Require(PlanSection::kMergeRows, num_partials_, layout_.max_partials);
+  }
+
+  /*! A tile writes partial states if any of its tokens has a state elsewhere. */
+  bool IsPartial(const Tile& t) const {
+    for (int32_t q = 0; q < t.q_count; ++q) {
+      if (states_[t.q_begin + q] > 1) return true;
+    }
+    return false;
+  }
+
+  /*!
+   * Algorithm 1: bound the chunks by an even share of the total cost, queue them in descending
+   * order, give each to the cheapest worker. The paper's share (one per worker) leaves skewed
+   * batches uneven, so the share is halved until the greedy assignment is within 5 %.
+   */
+  void Balance(const ScheduleInput& in) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < num_tiles_; ++i) {
+      total += int64_t{tiles_[i].kv_end - tiles_[i].kv_begin} * tiles_[i].weight;
+    }
+    total *= bounds_.num_kv_heads;
+    for (int32_t splits = 1;; splits *= 2) {
+      const int64_t shares = int64_t{bounds_.num_workers} * std::min(splits, bounds_.max_splits);
+      CutTiles(in, (total + shares - 1) / shares, 0);
+      SortAndAssign();
+      if (imbalance_ <= 1.05 || splits >= bounds_.max_splits) return;
+    }
+  }
+
+  void SortAndAssign() {
+    // Descending cost, then ascending chunk: one total order, so the plan is deterministic.
+    for (int64_t i = 0; i < num_chunks_; ++i) keys_[i] = {chunks_[i].cost, static_cast<int32_t>(i)};
+    std::sort(keys_.begin(), keys_.begin() + num_chunks_, [](const Key& a, const Key& b) {
+      return a.cost != b.cost ? a.cost > b.cost : a.chunk < b.chunk;
+    });
+    const int32_t heads = bounds_.num_kv_heads;
+    for (int32_t w = 0; w < bounds_.num_workers; ++w) heap_[w] = {0, w};
+    int64_t sum = 0, worst = 0;
+    for (int64_t i = 0; i < num_chunks_; ++i) {
+      for (int32_t h = 0; h < heads; ++h) {
+        std::pop_heap(heap_.begin(), heap_.end());
+        Load& load = heap_.back();
+        load.cost += keys_[i].cost;
+        owner_[i * heads + h] = load.worker;
+        worst = std::max(worst, load.cost);
+        std::push_heap(heap_.begin(), heap_.end());
+      }
+      sum += keys_[i].cost * heads;
+    }
+    imbalance_ = sum == 0 ? 1.0 : static_cast<double>(worst) * bounds_.num_workers / sum;
+  }
+
+  void Emit(const ScheduleInput& in, int32_t* buffer) {
+    if (in.fixed_chunk > 0) SortAndAssign();
+    auto section = [&](PlanSection s) { return buffer + layout_.Offset(s); };
+    const int32_t num_tokens = in.qo_indptr[in.num_requests];
+    const int32_t heads = bounds_.num_kv_heads;
+
+    auto* header = reinterpret_cast<PlanHeader*>(section(PlanSection::kHeader));
+    std::memset(header, 0, sizeof(PlanHeader));
+    header->num_items = static_cast<int32_t>(num_chunks_ * heads);
+    header->num_workers = in.shared_queue ? 1 : bounds_.num_workers;
+    header->num_q_tokens = num_tokens;
+    header->num_requests = in.num_requests;
+    header->num_levels = in.num_levels;
+    header->num_partials = static_cast<int32_t>(num_partials_);
+    header->max_tile_tokens = in.tile_tokens;
+
+    EmitRequests(in, section(PlanSection::kQRequest), section(PlanSection::kQPosition),
+                 section(PlanSection::kRequestQIndptr), section(PlanSection::kRequestKVLen));
+    header->num_kv_pages = EmitPages(in, section(PlanSection::kKVIndptr),
+                                     section(PlanSection::kKVPosition),
+                                     section(PlanSection::kKVIndices));
+    EmitMerge(num_tokens, section(PlanSection::kMergeIndptr), section(PlanSection::kMergeRows));
+
+    // Counting sort by worker keeps the descending order within each queue.
+    int32_t* indptr = section(PlanSection::kWorkerIndptr);
+    std::fill_n(indptr, bounds_.num_workers + 1, 0);
+    const int64_t num_items = num_chunks_ * heads;
+    if (in.shared_queue) std::fill_n(owner_.begin(), num_items, 0);
+    for (int64_t i = 0; i < num_items; ++i) ++indptr[owner_[i] + 1];
+    for (int32_t w = 0; w < bounds_.num_workers; ++w) indptr[w + 1] += indptr[w];
+    auto* items = reinterpret_cast<WorkItem*>(section(PlanSection::kItems));
+    for (int64_t i = 0; i < num_chunks_; ++i) {
+      const Chunk& c = chunks_[keys_[i].chunk];
+      const Tile& t = tiles_[c.tile];
+      for (int32_t h = 0; h < heads; ++h) {
+        items[indptr[owner_[i * heads + h]]++] = {t.row,      t.q_begin, t.q_count, c.kv_begin,
+                                                  c.kv_count, h,         c.partial, t.level};
+      }
+    }
+    for (int32_t w = bounds_.num_workers; w > 0; --w) indptr[w] = indptr[w - 1];
+    indptr[0] = 0;
+  }
+
+  static void EmitRequests(const ScheduleInput& in, int32_t* q_request, int32_t* q_position,
+                           int32_t* q_indptr, int32_t* kv_len) {
+    for (int32_t r = 0; r < in.num_requests; ++r) {
+      q_indptr[r] = in.qo_indptr[r];
+      kv_len[r] = in.kv_len[r];
+      for (int32_t t = in.qo_indptr[r]; t < in.qo_indptr[r + 1]; ++t) {
+        q_request[t] = r;
+        q_position[t] = QPosition(in, r, t);
+      }
+    }
+    q_indptr[in.num_requests] = in.qo_indptr[in.num_requests];
+  }
+
+  int32_t EmitPages(const ScheduleInput& in, int32_t* indptr, int32_t* position,
+                    int32_t* indices) const {
+    int32_t at = 0;
+    for (int32_t l = 0; l < in.num_levels; ++l) {
+      const LayoutLevel& level = in.levels[l];
+      int32_t* level_indptr = indptr + int64_t{l} * (bounds_.max_requests + 1);
+      int32_t* level_position = position + int64_t{l} * bounds_.max_requests;
+      for (int32_t r = 0; r <= level.num_rows; ++r) level_indptr[r] = at + level.kv_indptr[r];
+      for (int32_t r = 0; r < level.num_rows; ++r) {
+        level_position[r] = level.kv_position == nullptr ? 0 : level.kv_position[r];
+      }
+      const int32_t pages = level.kv_indptr[level.num_rows];
+      std::copy_n(level.kv_indices, pages, indices + at);
+      at += pages;
+    }
+    return at;
+  }
+
+  /*! Number the partial rows tile by tile, and list for each token the rows it merges, in order. */
+  void EmitMerge(int32_t num_tokens, int32_t* indptr, int32_t* rows) {
+    indptr[0] = 0;
+    for (int32_t t = 0; t < num_tokens; ++t) indptr[t + 1] = 0;
+    for (int64_t i = 0; i < num_tiles_; ++i) {
+      const Tile& t = tiles_[i];
+      if (!IsPartial(t)) continue;
+      for (int32_t q = 0; q < t.q_count; ++q) indptr[t.q_begin + q + 1] += t.num_chunks;
+    }
+    for (int32_t t = 0; t < num_tokens; ++t) indptr[t + 1] += indptr[t];
+    std::fill_n(states_.begin(), num_tokens + 1, 0);  // from here: rows listed so far
+    int32_t next = 0;
+    int64_t chunk = 0;
+    for (int64_t i = 0; i < num_tiles_; ++i) {
+      const Tile& t = tiles_[i];
+      const bool partial = indptr[t.q_begin + 1] > indptr[t.q_begin];
+      for (int32_t c = 0; c < t.num_chunks; ++c, ++chunk) {
+        chunks_[chunk].partial = partial ? next : -1;
+        if (!partial) continue;
+        for (int32_t q = 0; q < t.q_count; ++q) {
+          const int32_t token = t.q_begin + q;
+          rows[indptr[token] + states_[token]++] = next++;
+        }
+      }
+    }
+  }
+
+  struct Key {
+    int64_t cost;
+    int32_t chunk;
+  };
+
+  PlanBounds bounds_;
+  PlanLayout layout_;
+  std::vector<Tile> tiles_;
+  std::vector<Chunk> chunks_;
+  std::vector<Key> keys_;
+  std::vector<Load> heap_;
+  std::vector<int32_t> owner_;
+  std::vector<int32_t> states_;
+  int64_t num_tiles_ = 0;
+  int64_t num_chunks_ = 0;
+  int64_t num_partials_ = 0;
+  double imbalance_ = 1.0;
+};
+
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_SCHEDULE_H_

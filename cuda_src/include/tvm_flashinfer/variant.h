@@ -1,0 +1,91 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// Attention variants: what is computed per (query, key) element. A variant is written once, over a
+// `Lanes` type: SIMD vectors on a CPU, scalars in a CUDA thread. Kernels take any struct with the
+// members of StandardVariant; the Python side generates such structs from expressions.
+#ifndef TVM_FLASHINFER_VARIANT_H_
+#define TVM_FLASHINFER_VARIANT_H_
+
+#include <cstdint>
+
+#include "plan.h"
+
+namespace tvm_flashinfer {
+
+/*! \brief Where an element stands. `I` is an integer, or a SIMD vector of them. */
+template <typename I>
+struct ElementIndex {
+  I request;  //!< request (batch) index
+  I q_idx;    //!< position of the query in its request; bottom-right aligned by default
+  I kv_idx;   //!< position of the key in its request
+  I q_head;
+  I kv_head;
+};
+
+/*! \brief What a mask does to a tile of queries x keys. */
+enum class TileClass : int32_t {
+  kEmpty,  //!< hides every element: skip the tile
+  kFull,   //!< hides none: don't evaluate the mask
+  kMixed
+};
+
+/*! \brief Inclusive ranges of positions that a tile spans. */
+struct TileRange {
+  int32_t q_lo, q_hi, kv_lo, kv_hi;
+};
+
+/*!
+ * \brief Softmax attention with an optional causal mask, sliding window and logits soft-cap.
+ * \tparam kCausal A key is visible from its own position on.
+ * \tparam kWindow A query sees `window_left` keys before itself, and the first `attention_sink`.
+ * \tparam kSoftCap Logits become cap * tanh(x / cap) (Gemma 2).
+ */
+template <bool kCausal, bool kWindow = false, bool kSoftCap = false>
+struct StandardVariant {
+  struct Params {
+    int32_t window_left;
+    int32_t attention_sink;
+    float soft_cap;
+  };
+  static constexpr bool kHasMask = kCausal || kWindow;
+  static constexpr bool kHasLogits = kSoftCap;
+
+  /*! \param x Logits, scaled already. */
+  template <typename Lanes>
+  TVM_FLASHINFER_HOST_DEVICE static typename Lanes::Float Logits(
+      const Params& p, typename Lanes::Float x, const ElementIndex<typename Lanes::Int>&) {
+    if constexpr (kSoftCap) return Lanes::Tanh(x * (1.0f / p.soft_cap)) * p.soft_cap;
+    return x;
+  }
+
+  /*! \return true (lane-wise) where the key is visible. */
+  template <typename Lanes>
+  TVM_FLASHINFER_HOST_DEVICE static typename Lanes::Mask Mask(
+      const Params& p, const ElementIndex<typename Lanes::Int>& at) {
+    auto visible = at.kv_idx >= 0;
+    if constexpr (kCausal) visible = visible & (at.kv_idx <= at.q_idx);
+    if constexpr (kWindow) {
+      visible =
+          visible & ((at.kv_idx >= at.q_idx - p.window_left) | (at.kv_idx < p.attention_sink));
+    }
+    return visible;
+  }
+
+  TVM_FLASHINFER_HOST_DEVICE static TileClass Classify(const Params& p, const TileRange& r) {
+    bool full = true;
+    if constexpr (kCausal) {
+      if (r.kv_lo > r.q_hi) return TileClass::kEmpty;
+      full = full && r.kv_hi <= r.q_lo;
+    }
+    if constexpr (kWindow) {
+      const bool in_sink = r.kv_lo < p.attention_sink;
+      if (!in_sink && r.kv_hi < r.q_lo - p.window_left) return TileClass::kEmpty;
+      full = full && (r.kv_lo >= r.q_hi - p.window_left || r.kv_hi < p.attention_sink);
+    }
+    return full ? TileClass::kFull : TileClass::kMixed;
+  }
+};
+
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_VARIANT_H_
