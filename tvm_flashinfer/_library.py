@@ -1,0 +1,146 @@
+"""Finds, checks and loads ``libtvm_flashinfer.so``.
+
+The library derives a C++ class from TVM's ``AttentionKVCacheObj``, whose virtual table changes between
+TVM releases. Loading it under another TVM than it was compiled for would crash at the first call, so
+the facts that CMake left beside it (``build_info.json``) are compared with the imported TVM first.
+
+In an installed package the library, its facts and the kernel headers lie under the package; in a source
+checkout (``pip install -e .``) they lie in ``build/`` and ``cuda_src/include``, so that
+``cmake --build build`` is all a rebuild takes. ``TVM_FLASHINFER_LIBRARY`` names another library file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+LIBRARY_NAME = "libtvm_flashinfer.so"
+ENV_LIBRARY = "TVM_FLASHINFER_LIBRARY"
+
+_PACKAGE = Path(__file__).resolve().parent
+_CHECKOUT = _PACKAGE.parent
+
+
+class LibraryError(ImportError):
+    """The compiled library is missing, broken, or was compiled for another TVM."""
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What the library was compiled from and against."""
+
+    project_version: str
+    tvm_version: str
+    tvm_ffi_version: str
+    kv_state_sha256: str
+    compiler: str
+    build_type: str
+
+    @classmethod
+    def beside(cls, library: Path) -> BuildInfo:
+        """Reads ``build_info.json`` from the folder of ``library``."""
+        path = library.with_name("build_info.json")
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise LibraryError(
+                f"{path} doesn't tell which TVM {library.name} was compiled for ({error}); "
+                "install tvm-flashinfer again, or rebuild with `cmake --build build`"
+            ) from error
+
+
+def _is_checkout() -> bool:
+    return (_CHECKOUT / "CMakeLists.txt").is_file() and (_CHECKOUT / "cuda_src").is_dir()
+
+
+def library_path() -> Path:
+    """The library file that :func:`load` takes; raises :class:`LibraryError` if there is none."""
+    if override := os.environ.get(ENV_LIBRARY):
+        path = Path(override)
+        if not path.is_file():
+            raise LibraryError(f"{ENV_LIBRARY}={override} is not a file")
+        return path.resolve()
+    candidates = [_PACKAGE / "lib" / LIBRARY_NAME]
+    if _is_checkout():
+        candidates.append(_CHECKOUT / "build" / LIBRARY_NAME)
+    for path in candidates:
+        if path.is_file():
+            return path
+    where = " or ".join(str(path) for path in candidates)
+    raise LibraryError(
+        f"{LIBRARY_NAME} is not at {where}; run `pip install .` in a checkout, "
+        f"or name the file in {ENV_LIBRARY}"
+    )
+
+
+def include_dir() -> Path:
+    """The folder to put on the include path for ``#include <tvm_flashinfer/...>`` in kernels."""
+    for path in (_PACKAGE / "include", _CHECKOUT / "cuda_src" / "include"):
+        if (path / "tvm_flashinfer").is_dir():
+            return path
+    raise LibraryError(
+        f"the kernel headers are not in {_PACKAGE / 'include'}; install tvm-flashinfer again"
+    )
+
+
+def check_abi(info: BuildInfo) -> None:
+    """Raises :class:`LibraryError` unless a library built as ``info`` says fits the imported TVM."""
+    import tvm
+
+    advice = (
+        "run `pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout of "
+        "tvm-flashinfer to compile it for the TVM that is installed"
+    )
+    if info.tvm_version != tvm.__version__:
+        raise LibraryError(
+            f"tvm-flashinfer {info.project_version} was compiled for TVM {info.tvm_version}, "
+            f"and the TVM imported here is {tvm.__version__} ({Path(tvm.__file__).parent}); {advice}"
+        )
+    header = Path(tvm.__file__).parent / "src" / "runtime" / "vm" / "kv_state.h"
+    if header.is_file():
+        found = hashlib.sha256(header.read_bytes()).hexdigest()
+        if found != info.kv_state_sha256:
+            raise LibraryError(
+                f"tvm-flashinfer {info.project_version} was compiled for TVM {info.tvm_version}, "
+                f"and the TVM imported here calls itself {tvm.__version__} too but its KV-cache "
+                f"interface differs ({header}: sha256 {found[:12]}, compiled against "
+                f"{info.kv_state_sha256[:12]}); {advice}"
+            )
+
+
+@cache
+def load() -> Path:
+    """Imports TVM, checks that the library fits it, and loads it once; returns the library's path.
+
+    From then on the packed functions ``tvm_flashinfer.*`` are registered. Raises
+    :class:`LibraryError` with a sentence on what to do if that can't be.
+    """
+    import tvm  # noqa: F401  # loads libtvm_runtime and libtvm_ffi, which ours links to
+
+    path = library_path()
+    check_abi(BuildInfo.beside(path))
+    try:
+        # Kept for the life of the process: TVM's registry holds pointers into it.
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LibraryError(f"{path} can't be loaded: {error}") from error
+    return path
+
+
+def run_as_command() -> bool:
+    """Whether this process is our own command line, ``tvm-flashinfer`` or ``python -m``.
+
+    It loads the library itself, when a command needs it: ``--help`` stays quick, ``doctor`` can
+    report a library that doesn't fit, and a mistake is answered without a traceback.
+    """
+    arguments = sys.orig_argv[1:]
+    if "-m" in arguments:
+        module = arguments[arguments.index("-m") + 1 :]
+        return module[:1] == ["tvm_flashinfer"]
+    return any(Path(argument).name == "tvm-flashinfer" for argument in arguments[:2])
