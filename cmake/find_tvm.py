@@ -1,7 +1,7 @@
-"""Prints, one ``NAME=value`` a line, where the TVM that this Python imports keeps what we build against.
+"""Prints where the TVM that this Python imports keeps what we build against, a ``NAME=value`` a line.
 
-Run by cmake/FindInstalledTVM.cmake with the Python that CMake found. ``TVM_SOURCE_DIR`` names a TVM
-checkout to take ``kv_state.h`` from where the installed package doesn't carry it.
+Run by cmake/FindInstalledTVM.cmake with the Python that CMake found. ``TVM_SOURCE_DIR`` names a
+TVM checkout to take ``kv_state.h`` from where the installed package doesn't carry it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Finds, checks and loads ``libtvm_flashinfer.so``.
 
-The library derives a C++ class from TVM's ``AttentionKVCacheObj``, whose virtual table changes between
-TVM releases. Loading it under another TVM than it was compiled for would crash at the first call, so
-the facts that CMake left beside it (``build_info.json``) are compared with the imported TVM first.
+The library derives a C++ class from TVM's ``AttentionKVCacheObj``, whose virtual table changes
+between TVM releases. Loading it under another TVM than it was compiled for would crash at the first
+call, so the facts that CMake left beside it (``build_info.json``) are compared with the imported TVM
+first.
 
-In an installed package the library, its facts and the kernel headers lie under the package; in a source
-checkout (``pip install -e .``) they lie in ``build/`` and ``cuda_src/include``, so that
-``cmake --build build`` is all a rebuild takes. ``TVM_FLASHINFER_LIBRARY`` names another library file.
+In an installed package the library, its facts and the kernel headers lie under the package; in a
+source checkout (``pip install -e .``) they lie in ``build/`` and ``cuda_src/include``, so that
+``cmake --build build`` is all a rebuild takes. ``TVM_FLASHINFER_LIBRARY`` names another library.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def include_dir() -> Path:
 
 
 def check_abi(info: BuildInfo) -> None:
-    """Raises :class:`LibraryError` unless a library built as ``info`` says fits the imported TVM."""
+    """Raises :class:`LibraryError` unless a library built as ``info`` fits the imported TVM."""
     import tvm
 
     advice = (
@@ -100,7 +101,8 @@ def check_abi(info: BuildInfo) -> None:
     if info.tvm_version != tvm.__version__:
         raise LibraryError(
             f"tvm-flashinfer {info.project_version} was compiled for TVM {info.tvm_version}, "
-            f"and the TVM imported here is {tvm.__version__} ({Path(tvm.__file__).parent}); {advice}"
+            f"and the TVM imported here is {tvm.__version__} ({Path(tvm.__file__).parent}); "
+            f"{advice}"
         )
     header = Path(tvm.__file__).parent / "src" / "runtime" / "vm" / "kv_state.h"
     if header.is_file():
