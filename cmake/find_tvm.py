@@ -1,4 +1,4 @@
-"""Prints where the TVM that this Python imports keeps what we build against, a ``NAME=value`` a line.
+"""Prints where the TVM that this Python imports keeps what we build against, as NAME=value lines.
 
 Run by cmake/FindInstalledTVM.cmake with the Python that CMake found. ``TVM_SOURCE_DIR`` names a
 TVM checkout to take ``kv_state.h`` from where the installed package doesn't carry it.

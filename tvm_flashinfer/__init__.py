@@ -12,5 +12,5 @@ __version__ = "0.1.0"
 
 __all__ = ["BuildInfo", "LibraryError", "__version__", "include_dir", "library_path"]
 
-if not _library.run_as_command():
+if not _library.started_as_command_line():
     _library.load()

@@ -1,9 +1,9 @@
 """Finds, checks and loads ``libtvm_flashinfer.so``.
 
 The library derives a C++ class from TVM's ``AttentionKVCacheObj``, whose virtual table changes
-between TVM releases. Loading it under another TVM than it was compiled for would crash at the first
-call, so the facts that CMake left beside it (``build_info.json``) are compared with the imported TVM
-first.
+between TVM releases. Loading it under another TVM than it was compiled for would crash at the
+first call, so the facts that CMake left beside it (``build_info.json``) are compared with the
+imported TVM first.
 
 In an installed package the library, its facts and the kernel headers lie under the package; in a
 source checkout (``pip install -e .``) they lie in ``build/`` and ``cuda_src/include``, so that
@@ -90,6 +90,11 @@ def include_dir() -> Path:
     )
 
 
+def build_info() -> BuildInfo:
+    """What the library that :func:`load` takes was compiled from and against; loads nothing."""
+    return BuildInfo.beside(library_path())
+
+
 def check_abi(info: BuildInfo) -> None:
     """Raises :class:`LibraryError` unless a library built as ``info`` fits the imported TVM."""
     import tvm
@@ -135,7 +140,16 @@ def load() -> Path:
     return path
 
 
-def run_as_command() -> bool:
+def load_error() -> LibraryError | None:
+    """Loads the library; returns why it can't be, or None. For callers that report and go on."""
+    try:
+        load()
+    except LibraryError as error:
+        return error
+    return None
+
+
+def started_as_command_line() -> bool:
     """Whether this process is our own command line, ``tvm-flashinfer`` or ``python -m``.
 
     It loads the library itself, when a command needs it: ``--help`` stays quick, ``doctor`` can
@@ -143,6 +157,5 @@ def run_as_command() -> bool:
     """
     arguments = sys.orig_argv[1:]
     if "-m" in arguments:
-        module = arguments[arguments.index("-m") + 1 :]
-        return module[:1] == ["tvm_flashinfer"]
-    return any(Path(argument).name == "tvm-flashinfer" for argument in arguments[:2])
+        return arguments[arguments.index("-m") + 1 :][:1] == ["tvm_flashinfer"]
+    return Path(sys.argv[0]).name == "tvm-flashinfer"
