@@ -1,0 +1,241 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// The CPU path for few packed rows (decode): lanes are elements of the head.
+//
+// Every byte of K and V is read once, in vectors, against all rows of the tile, so the path is
+// bound by memory traffic; the rows of the next block are prefetched while one is computed.
+#ifndef TVM_FLASHINFER_CPU_FEW_ROWS_H_
+#define TVM_FLASHINFER_CPU_FEW_ROWS_H_
+
+#include <cmath>
+
+#include "tile.h"
+
+namespace tvm_flashinfer {
+namespace cpu {
+
+/*! \tparam kRows Packed rows of the item, at most kMaxFewRows. */
+template <typename TQ, typename TKV, int kDimQK, int kDimVO, typename Variant, int kRows>
+class FewRows {
+ public:
+  static constexpr int kBlockKV = 32;
+
+  static int64_t ScratchFloats() { return kRows * (kPaddedQK + kPaddedVO + kBlockKV); }
+
+  static void Run(const AttentionParams& p, const WorkItem& item, float* scratch) {
+    FewRows(p, item, scratch).Run();
+  }
+
+ private:
+  using Params = typename Variant::Params;
+  static constexpr int Padded(int dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
+  static constexpr int kPaddedQK = Padded(kDimQK);
+  static constexpr int kPaddedVO = Padded(kDimVO);
+  //! Accumulators that leave registers for operands.
+  static constexpr int kAccumulators = kRegisters == 32 ? 24 : 8;
+  static constexpr int kTokens = kAccumulators / kRows >= 8   ? 8
+                                 : kAccumulators / kRows >= 4 ? 4
+                                 : kAccumulators / kRows >= 2 ? 2
+                                                              : 1;
+  static constexpr int kVectors = kAccumulators / kRows > 0 ? kAccumulators / kRows : 1;
+  static_assert(kBlockKV % kTokens == 0 && kBlockKV % kLanes == 0, "blocks hold whole vectors");
+
+  FewRows(const AttentionParams& p, const WorkItem& item, float* scratch)
+      : p_(p),
+        item_(item),
+        rows_(p, item),
+        variant_(*static_cast<const Params*>(p.variant_params)),
+        q_(scratch),
+        o_(q_ + kRows * kPaddedQK),
+        s_(o_ + kRows * kPaddedVO) {}
+
+  void Run() {
+    LoadQueries();
+    TileRange range;
+    QueryRange(p_, item_, &range);
+    const KVRows<TKV> k_rows(p_.k, p_.k_strides, p_, item_);
+    const KVRows<TKV> v_rows(p_.v, p_.v_strides, p_, item_);
+    const int32_t position = p_.plan.KVPosition(item_.level, item_.row);
+    const int32_t end = item_.kv_begin + item_.kv_count;
+    const TKV* rows[2][2][kBlockKV];  // [this or next block][k or v]
+    auto gather = [&](int32_t begin, const TKV* (&block)[2][kBlockKV]) {
+      const int32_t count = std::min<int32_t>(kBlockKV, end - begin);
+      if (count <= 0) return count;
+      k_rows.Gather(begin, count, block[0]);
+      v_rows.Gather(begin, count, block[1]);
+      // Rows past the end repeat the last one: their logits are masked.
+      for (int32_t i = count; i < kBlockKV; ++i) {
+        block[0][i] = block[0][count - 1];
+        block[1][i] = block[1][count - 1];
+      }
+      return count;
+    };
+    int parity = 0;
+    int32_t count = gather(item_.kv_begin, rows[0]);
+    for (int32_t begin = item_.kv_begin; begin < end; begin += kBlockKV, parity ^= 1) {
+      const int32_t next_count = gather(begin + kBlockKV, rows[parity ^ 1]);
+      const auto& now = rows[parity];
+      const auto& next = next_count > 0 ? rows[parity ^ 1] : rows[parity];
+      range.kv_lo = position + begin;
+      range.kv_hi = range.kv_lo + count - 1;
+      const TileClass tile = Variant::Classify(variant_, range);
+      if (tile != TileClass::kEmpty) {
+        Scores(now[0], next[0]);
+        Transform(range.kv_lo, count, tile == TileClass::kMixed);
+        float rescale[kRows];
+        Softmax(rescale);
+        Accumulate(now[1], next[1], count, rescale);
+      }
+      count = next_count;
+    }
+    WriteStates();
+  }
+
+  void LoadQueries() {
+    const TQ* q = static_cast<const TQ*>(p_.q);
+    for (int r = 0; r < kRows; ++r) {
+      const TQ* from = q + rows_.Token(r) * p_.q_token_stride + rows_.Head(r) * p_.q_head_stride;
+      float* to = q_ + r * kPaddedQK;
+      for (int d = 0; d < kDimQK; ++d) to[d] = ToFloat(from[d]) * p_.sm_scale;
+      for (int d = kDimQK; d < kPaddedQK; ++d) to[d] = 0.0f;
+      max_[r] = -kInf;
+      sum_[r] = 0.0f;
+    }
+    std::fill_n(o_, kRows * kPaddedVO, 0.0f);
+  }
+
+  /*! Elements [d, d + kLanes) of a row of kDim, zero past its end. */
+  template <int kDim>
+  static VFloat LoadRow(const TKV* row, int d) {
+    if (kDim % kLanes == 0 || d + kLanes <= kDim) return Load(row + d);
+    VFloat v = {};
+    for (int i = 0; i < kDim % kLanes; ++i) v[i] = ToFloat(row[d + i]);
+    return v;
+  }
+
+  template <int kDim>
+  static void PrefetchRow(const TKV* row) {
+    constexpr int kLine = 64 / static_cast<int>(sizeof(TKV));
+    for (int d = 0; d < kDim; d += kLine) Prefetch(row + d);
+  }
+
+  /*! S[row][n] = Q[row] . K[n] */
+  void Scores(const TKV* const* k, const TKV* const* next) {
+    for (int n = 0; n < kBlockKV; n += kTokens) {
+      VFloat acc[kTokens][kRows] = {};
+      for (int t = 0; t < kTokens; ++t) PrefetchRow<kDimQK>(next[n + t]);
+#pragma GCC unroll 4
+      for (int d = 0; d < kPaddedQK; d += kLanes) {
+        VFloat key[kTokens];
+        for (int t = 0; t < kTokens; ++t) key[t] = LoadRow<kDimQK>(k[n + t], d);
+        for (int r = 0; r < kRows; ++r) {
+          const VFloat query = Load(q_ + r * kPaddedQK + d);
+          for (int t = 0; t < kTokens; ++t) acc[t][r] += key[t] * query;
+        }
+      }
+      for (int r = 0; r < kRows; ++r) {
+        for (int t = 0; t < kTokens; ++t) s_[r * kBlockKV + n + t] = ReduceAdd(acc[t][r]);
+      }
+    }
+  }
+
+  void Transform(int32_t kv_position, int32_t count, bool masked) {
+    if (!Variant::kHasLogits && !masked && count == kBlockKV) return;
+    for (int r = 0; r < kRows; ++r) {
+      ElementIndex<VInt> at;
+      at.request = Broadcast(p_.plan.q_request[rows_.Token(r)]);
+      at.q_idx = Broadcast(p_.plan.q_position[rows_.Token(r)]);
+      at.q_head = Broadcast(rows_.Head(r));
+      at.kv_head = Broadcast(item_.head);
+      for (int n = 0; n < kBlockKV; n += kLanes) {
+        const VInt index = Iota() + n;
+        at.kv_idx = index + kv_position;
+        VInt visible = index < count;
+        float* s = s_ + r * kBlockKV + n;
+        VFloat x = Load(s);
+        if constexpr (Variant::kHasLogits) {
+          x = Variant::template Logits<SimdLanes>(variant_, x, at);
+        }
+        if (masked) visible = visible & Variant::template Mask<SimdLanes>(variant_, at);
+        Store(s, Select(visible, x, Broadcast(-kInf)));
+      }
+    }
+  }
+
+  void Softmax(float* rescale) {
+    for (int r = 0; r < kRows; ++r) {
+      float* s = s_ + r * kBlockKV;
+      VFloat lanes_max = Load(s);
+      for (int n = kLanes; n < kBlockKV; n += kLanes) lanes_max = Max(lanes_max, Load(s + n));
+      const float max = std::max(max_[r], ReduceMax(lanes_max));
+      const float safe = max == -kInf ? 0.0f : max;
+      rescale[r] = std::exp(max_[r] - safe);
+      VFloat sum = {};
+      for (int n = 0; n < kBlockKV; n += kLanes) {
+        const VFloat e = Exp(Load(s + n) - safe);
+        sum += e;
+        Store(s + n, e);
+      }
+      max_[r] = max;
+      sum_[r] = sum_[r] * rescale[r] + ReduceAdd(sum);
+    }
+  }
+
+  /*! O[row] = O[row] * rescale + P[row] V, a few vectors of the head at a time. */
+  void Accumulate(const TKV* const* v, const TKV* const* next, int32_t count,
+                  const float* rescale) {
+    constexpr int kStep = kVectors * kLanes;
+    int d = 0;
+    for (; d + kStep <= kPaddedVO; d += kStep) {
+      AccumulateVectors<kVectors>(v, next, count, d, rescale);
+    }
+    constexpr int kTail = kPaddedVO / kLanes % kVectors;
+    if constexpr (kTail > 0) AccumulateVectors<kTail>(v, next, count, d, rescale);
+  }
+
+  template <int kWidth>
+  void AccumulateVectors(const TKV* const* v, const TKV* const* next, int32_t count, int d,
+                         const float* rescale) {
+    VFloat acc[kRows][kWidth];
+    for (int r = 0; r < kRows; ++r) {
+      for (int j = 0; j < kWidth; ++j) {
+        acc[r][j] = Load(o_ + r * kPaddedVO + d + j * kLanes) * rescale[r];
+      }
+    }
+    const bool prefetch = d == 0;
+    for (int32_t n = 0; n < count; ++n) {
+      if (prefetch) PrefetchRow<kDimVO>(next[n]);
+      VFloat value[kWidth];
+      for (int j = 0; j < kWidth; ++j) value[j] = LoadRow<kDimVO>(v[n], d + j * kLanes);
+      for (int r = 0; r < kRows; ++r) {
+        const VFloat weight = Broadcast(s_[r * kBlockKV + n]);
+        for (int j = 0; j < kWidth; ++j) acc[r][j] += weight * value[j];
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int j = 0; j < kWidth; ++j) Store(o_ + r * kPaddedVO + d + j * kLanes, acc[r][j]);
+    }
+  }
+
+  void WriteStates() {
+    const StateWriter<TQ, kDimVO> writer(p_, item_);
+    for (int r = 0; r < kRows; ++r) {
+      const float scale = sum_[r] > 0.0f ? 1.0f / sum_[r] : 0.0f;
+      const float lse = sum_[r] > 0.0f ? max_[r] + std::log(sum_[r]) : -kInf;
+      const float* o = o_ + r * kPaddedVO;
+      writer.Write(r, lse, [&](int d) { return o[d] * scale; });
+    }
+  }
+
+  const AttentionParams& p_;
+  const WorkItem& item_;
+  PackedRows rows_;
+  const Params& variant_;
+  float *q_, *o_, *s_;
+  float max_[kRows], sum_[kRows];
+};
+
+}  // namespace cpu
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_CPU_FEW_ROWS_H_

@@ -1,0 +1,263 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// The CPU path for many packed rows (prefill, append, large GQA groups): lanes are query rows.
+//
+// Queries are packed once per item as panels [head_dim][kPanel], so that S = K Q and O = V P are
+// the same register-blocked product: vectors run along query rows, and elements of K and V are
+// broadcast straight from their pages. Logits of a key lie in lanes, so online softmax needs no
+// horizontal operation and a variant sees a vector of queries against one key.
+#ifndef TVM_FLASHINFER_CPU_MANY_ROWS_H_
+#define TVM_FLASHINFER_CPU_MANY_ROWS_H_
+
+#include <cmath>
+#include <type_traits>
+
+#include "tile.h"
+
+namespace tvm_flashinfer {
+namespace cpu {
+
+template <typename TQ, typename TKV, int kDimQK, int kDimVO, typename Variant>
+class ManyRows {
+ public:
+  //! Vectors of a panel; with kBlockRows accumulators each, they fill the registers.
+  static constexpr int kPanelVectors = 2;
+  static constexpr int kPanel = kPanelVectors * kLanes;
+  static constexpr int kBlockRows = kRegisters == 32 ? 8 : 6;
+  static constexpr int kBlockKV = 64;
+
+  static int64_t ScratchFloats(int32_t max_rows) {
+    const int64_t panels = (max_rows + kPanel - 1) / kPanel;
+    return panels * kPanel * (kDimQK + kDimVO + 2 + 3) + (kBlockKV + kBlockRows) * kPanel +
+           (kConvert ? kBlockKV * (kDimQK + kDimVO) : 0);
+  }
+
+  static void Run(const AttentionParams& p, const WorkItem& item, float* scratch) {
+    ManyRows(p, item, scratch).Run();
+  }
+
+ private:
+  static constexpr bool kConvert = !std::is_same_v<TKV, float>;
+  using Params = typename Variant::Params;
+
+  ManyRows(const AttentionParams& p, const WorkItem& item, float* scratch)
+      : p_(p),
+        item_(item),
+        rows_(p, item),
+        variant_(*static_cast<const Params*>(p.variant_params)),
+        panels_((rows_.count + kPanel - 1) / kPanel) {
+    auto take = [&](int64_t n) {
+      float* at = scratch;
+      scratch += n;
+      return at;
+    };
+    q_ = take(int64_t{panels_} * kPanel * kDimQK);
+    o_ = take(int64_t{panels_} * kPanel * kDimVO);
+    max_ = take(panels_ * kPanel);
+    sum_ = take(panels_ * kPanel);
+    q_idx_ = reinterpret_cast<int32_t*>(take(panels_ * kPanel));
+    q_head_ = reinterpret_cast<int32_t*>(take(panels_ * kPanel));
+    request_ = reinterpret_cast<int32_t*>(take(panels_ * kPanel));
+    s_ = take((kBlockKV + kBlockRows) * kPanel);
+    if constexpr (kConvert) {
+      k_block_ = take(kBlockKV * kDimQK);
+      v_block_ = take(kBlockKV * kDimVO);
+    }
+  }
+
+  void Run() {
+    PackQueries();
+    TileRange range;
+    QueryRange(p_, item_, &range);
+    const KVRows<TKV> k_rows(p_.k, p_.k_strides, p_, item_);
+    const KVRows<TKV> v_rows(p_.v, p_.v_strides, p_, item_);
+    const int32_t position = p_.plan.KVPosition(item_.level, item_.row);
+    const int32_t end = item_.kv_begin + item_.kv_count;
+    for (int32_t begin = item_.kv_begin; begin < end; begin += kBlockKV) {
+      const int32_t count = std::min<int32_t>(kBlockKV, end - begin);
+      range.kv_lo = position + begin;
+      range.kv_hi = range.kv_lo + count - 1;
+      const TileClass tile = Variant::Classify(variant_, range);
+      if (tile == TileClass::kEmpty) continue;
+      const float* k[kBlockKV + kBlockRows];
+      const float* v[kBlockKV];
+      LoadBlock<kDimQK>(k_rows, begin, count, k_block_, k);
+      LoadBlock<kDimVO>(v_rows, begin, count, v_block_, v);
+      // Rows past the end repeat the last one: their logits are never read.
+      for (int32_t i = 0; i < kBlockRows; ++i) k[count + i] = k[count - 1];
+      for (int32_t panel = 0; panel < panels_; ++panel) {
+        Scores(panel, k, count);
+        Transform(panel, range.kv_lo, count, tile == TileClass::kMixed);
+        VFloat rescale[kPanelVectors];
+        Softmax(panel, count, rescale);
+        Accumulate(panel, v, count, rescale);
+      }
+    }
+    WriteStates();
+  }
+
+  void PackQueries() {
+    const TQ* q = static_cast<const TQ*>(p_.q);
+    for (int32_t row = 0; row < panels_ * kPanel; ++row) {
+      // Padding rows repeat the last one; their states are never written.
+      const int32_t source = std::min(row, rows_.count - 1);
+      const int32_t token = rows_.Token(source);
+      const int32_t head = rows_.Head(source);
+      const TQ* from = q + token * p_.q_token_stride + head * p_.q_head_stride;
+      float* to = q_ + int64_t{row / kPanel} * kPanel * kDimQK + row % kPanel;
+      for (int d = 0; d < kDimQK; ++d) to[d * kPanel] = ToFloat(from[d]) * p_.sm_scale;
+      q_idx_[row] = p_.plan.q_position[token];
+      request_[row] = p_.plan.q_request[token];
+      q_head_[row] = head;
+      max_[row] = -kInf;
+      sum_[row] = 0.0f;
+    }
+    std::fill_n(o_, int64_t{panels_} * kPanel * kDimVO, 0.0f);
+  }
+
+  /*! Point rows at a block's tokens as float32: in their pages, or converted into `block`. */
+  template <int kDim>
+  static void LoadBlock(const KVRows<TKV>& source, int32_t begin, int32_t count, float* block,
+                        const float** rows) {
+    if constexpr (kConvert) {
+      const TKV* raw[kBlockKV];
+      source.Gather(begin, count, raw);
+      for (int32_t i = 0; i < count; ++i) {
+        float* row = block + i * kDim;
+        int d = 0;
+        for (; d + kLanes <= kDim; d += kLanes) Store(row + d, Load(raw[i] + d));
+        for (; d < kDim; ++d) row[d] = ToFloat(raw[i][d]);
+        rows[i] = row;
+      }
+    } else {
+      source.Gather(begin, count, rows);
+    }
+  }
+
+  /*! S[n][row] = K[n] . Q[row] */
+  void Scores(int32_t panel, const float* const* k, int32_t count) {
+    const float* q = q_ + int64_t{panel} * kPanel * kDimQK;
+    for (int32_t n = 0; n < count; n += kBlockRows) {
+      VFloat acc[kBlockRows][kPanelVectors] = {};
+      const float* row[kBlockRows];
+      for (int i = 0; i < kBlockRows; ++i) row[i] = k[n + i];
+      for (int d = 0; d < kDimQK; ++d) {
+        VFloat lanes[kPanelVectors];
+        for (int j = 0; j < kPanelVectors; ++j) lanes[j] = Load(q + d * kPanel + j * kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < kBlockRows; ++i) {
+          const VFloat x = Broadcast(row[i][d]);
+          for (int j = 0; j < kPanelVectors; ++j) acc[i][j] += x * lanes[j];
+        }
+      }
+      for (int i = 0; i < kBlockRows; ++i) {
+        for (int j = 0; j < kPanelVectors; ++j) Store(s_ + (n + i) * kPanel + j * kLanes, acc[i][j]);
+      }
+    }
+  }
+
+  /*! The variant's logits transform and, where the tile is mixed, its mask. */
+  void Transform(int32_t panel, int32_t kv_position, int32_t count, bool masked) {
+    if (!Variant::kHasLogits && !masked) return;
+    for (int j = 0; j < kPanelVectors; ++j) {
+      const int32_t row = panel * kPanel + j * kLanes;
+      ElementIndex<VInt> at;
+      std::memcpy(&at.request, request_ + row, sizeof(VInt));
+      std::memcpy(&at.q_idx, q_idx_ + row, sizeof(VInt));
+      std::memcpy(&at.q_head, q_head_ + row, sizeof(VInt));
+      at.kv_head = Broadcast(item_.head);
+      for (int32_t n = 0; n < count; ++n) {
+        at.kv_idx = Broadcast(kv_position + n);
+        float* s = s_ + n * kPanel + j * kLanes;
+        VFloat x = Load(s);
+        if constexpr (Variant::kHasLogits) {
+          x = Variant::template Logits<SimdLanes>(variant_, x, at);
+        }
+        if (masked) {
+          x = Select(Variant::template Mask<SimdLanes>(variant_, at), x, Broadcast(-kInf));
+        }
+        Store(s, x);
+      }
+    }
+  }
+
+  /*! Online softmax (Milakov and Gimelshein, 2018): S becomes P; returns the old state's factor. */
+  void Softmax(int32_t panel, int32_t count, VFloat* rescale) {
+    for (int j = 0; j < kPanelVectors; ++j) {
+      const int32_t row = panel * kPanel + j * kLanes;
+      const VFloat old_max = Load(max_ + row);
+      VFloat max = old_max;
+      for (int32_t n = 0; n < count; ++n) max = Max(max, Load(s_ + n * kPanel + j * kLanes));
+      // A row that has seen no visible key has max -inf: subtract 0 so that exp(-inf) = 0.
+      const VFloat safe = Select(max == -kInf, VFloat{}, max);
+      rescale[j] = Exp(old_max - safe);
+      VFloat sum = VFloat{};
+      for (int32_t n = 0; n < count; ++n) {
+        float* s = s_ + n * kPanel + j * kLanes;
+        const VFloat e = Exp(Load(s) - safe);
+        sum += e;
+        Store(s, e);
+      }
+      Store(max_ + row, max);
+      Store(sum_ + row, Load(sum_ + row) * rescale[j] + sum);
+    }
+  }
+
+  /*! O = O * rescale + V^T P */
+  void Accumulate(int32_t panel, const float* const* v, int32_t count, const VFloat* rescale) {
+    float* o = o_ + int64_t{panel} * kPanel * kDimVO;
+    int d = 0;
+    for (; d + kBlockRows <= kDimVO; d += kBlockRows) {
+      AccumulateRows<kBlockRows>(v, count, d, rescale, o);
+    }
+    constexpr int kTail = kDimVO % kBlockRows;
+    if constexpr (kTail > 0) AccumulateRows<kTail>(v, count, d, rescale, o);
+  }
+
+  template <int kRows>
+  void AccumulateRows(const float* const* v, int32_t count, int d, const VFloat* rescale,
+                      float* o) {
+    VFloat acc[kRows][kPanelVectors] = {};
+    for (int32_t n = 0; n < count; ++n) {
+      VFloat lanes[kPanelVectors];
+      for (int j = 0; j < kPanelVectors; ++j) lanes[j] = Load(s_ + n * kPanel + j * kLanes);
+      const float* row = v[n] + d;
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const VFloat x = Broadcast(row[i]);
+        for (int j = 0; j < kPanelVectors; ++j) acc[i][j] += x * lanes[j];
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kPanelVectors; ++j) {
+        float* at = o + (d + i) * kPanel + j * kLanes;
+        Store(at, Load(at) * rescale[j] + acc[i][j]);
+      }
+    }
+  }
+
+  void WriteStates() {
+    const StateWriter<TQ, kDimVO> writer(p_, item_);
+    for (int32_t row = 0; row < rows_.count; ++row) {
+      const float sum = sum_[row];
+      const float scale = sum > 0.0f ? 1.0f / sum : 0.0f;
+      const float lse = sum > 0.0f ? max_[row] + std::log(sum) : -kInf;
+      const float* o = o_ + int64_t{row / kPanel} * kPanel * kDimVO + row % kPanel;
+      writer.Write(row, lse, [&](int d) { return o[d * kPanel] * scale; });
+    }
+  }
+
+  const AttentionParams& p_;
+  const WorkItem& item_;
+  PackedRows rows_;
+  const Params& variant_;
+  int32_t panels_;
+  float *q_, *o_, *max_, *sum_, *s_;
+  float *k_block_ = nullptr, *v_block_ = nullptr;
+  int32_t *q_idx_, *q_head_, *request_;
+};
+
+}  // namespace cpu
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_CPU_MANY_ROWS_H_

@@ -1,0 +1,149 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// SIMD lanes by compiler vector extensions: the widest float vector of the target that the file is
+// compiled for. Intrinsics appear only where the compiler has no portable form (fp16, prefetch).
+#ifndef TVM_FLASHINFER_CPU_SIMD_H_
+#define TVM_FLASHINFER_CPU_SIMD_H_
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "../dtype.h"
+
+namespace tvm_flashinfer {
+namespace cpu {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+inline constexpr int kRegisters = 32;
+#elif defined(__AVX__)
+inline constexpr int kLanes = 8;
+inline constexpr int kRegisters = 16;
+#else
+inline constexpr int kLanes = 4;
+inline constexpr int kRegisters = 16;
+#endif
+
+typedef float VFloat __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VInt __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VHalfBits __attribute__((vector_size(kLanes * 2)));
+
+inline constexpr float kInf = std::numeric_limits<float>::infinity();
+
+inline VFloat Broadcast(float x) { return VFloat{} + x; }
+inline VInt Broadcast(int32_t x) { return VInt{} + x; }
+
+inline VInt Iota() {
+  VInt v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+inline VFloat Load(const float* p) {
+  VFloat v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline void Store(float* p, VFloat v) { std::memcpy(p, &v, sizeof(v)); }
+
+inline VFloat Load(const BFloat16* p) {
+  VHalfBits bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  const VInt wide = __builtin_convertvector(bits, VInt) << 16;
+  VFloat v;
+  std::memcpy(&v, &wide, sizeof(v));
+  return v;
+}
+
+inline VFloat Load(const Float16* p) {
+#if defined(__AVX512F__)
+  return (VFloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__) && defined(__AVX__)
+  return (VFloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  VFloat v;
+  for (int i = 0; i < kLanes; ++i) v[i] = ToFloat(p[i]);
+  return v;
+#endif
+}
+
+inline VFloat Select(VInt mask, VFloat a, VFloat b) { return mask ? a : b; }
+inline VFloat Max(VFloat a, VFloat b) { return a > b ? a : b; }
+inline VFloat Min(VFloat a, VFloat b) { return a < b ? a : b; }
+
+/*! Lanes exchanged with the lane whose index differs in bit `kStep`. */
+template <int kStep>
+inline VFloat Butterfly(VFloat v) {
+  return __builtin_shuffle(v, Iota() ^ kStep);
+}
+template <int kStep = kLanes / 2>
+inline float ReduceAdd(VFloat v) {
+  v += Butterfly<kStep>(v);
+  if constexpr (kStep > 1) return ReduceAdd<kStep / 2>(v);
+  return v[0];
+}
+template <int kStep = kLanes / 2>
+inline float ReduceMax(VFloat v) {
+  v = Max(v, Butterfly<kStep>(v));
+  if constexpr (kStep > 1) return ReduceMax<kStep / 2>(v);
+  return v[0];
+}
+
+/*!
+ * \brief exp(x) within 2 ulp for x <= 0 and finite results, 0 below -87.3 and for -inf.
+ *
+ * Cephes' expf: x = n ln 2 + r, |r| <= ln 2 / 2, a degree-6 polynomial in r, scaled by 2^n.
+ */
+inline VFloat Exp(VFloat x) {
+  constexpr float kLow = -87.3f;
+  const VFloat y = Min(Max(x, Broadcast(kLow)), Broadcast(88.0f));
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const VFloat shifted = y * 1.44269504088896341f + kRound;
+  const VFloat n = shifted - kRound;
+  const VFloat r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+  VFloat p = Broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  VInt bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  const VInt scale = (bits << 23) + (127 << 23);
+  VFloat two_n;
+  std::memcpy(&two_n, &scale, sizeof(two_n));
+  return Select(x < kLow, VFloat{}, p * two_n);
+}
+
+/*! \brief tanh(x), through exp; odd, saturating. */
+inline VFloat Tanh(VFloat x) {
+  const VFloat a = Max(x, -x);
+  const VFloat e = Exp(-2.0f * a);
+  const VFloat large = (1.0f - e) / (1.0f + e);
+  const VFloat a2 = a * a;  // Taylor near zero, where 1 - e cancels
+  const VFloat small = a * (1.0f - a2 * (0.333333333f - a2 * 0.133333333f));
+  const VFloat t = Select(a < 0.08f, small, large);
+  return Select(x < 0.0f, -t, t);
+}
+
+/*! \brief The vocabulary a variant is written in, see variant.h. */
+struct SimdLanes {
+  using Float = VFloat;
+  using Int = VInt;
+  using Mask = VInt;
+  static Float Exp(Float x) { return cpu::Exp(x); }
+  static Float Tanh(Float x) { return cpu::Tanh(x); }
+};
+
+inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+}  // namespace cpu
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_CPU_SIMD_H_
