@@ -1,0 +1,161 @@
+"""The build and the package: what an installation contains, and how the library is found and loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import tvm
+
+import tvm_flashinfer
+from tvm_flashinfer import LibraryError, _library
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **env},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def foreign_library(tmp_path: Path) -> Path:
+    """A copy of our library whose facts say it was compiled for another TVM."""
+    library = Path(shutil.copy(_library.library_path(), tmp_path))
+    facts = json.loads(_library.library_path().with_name("build_info.json").read_text())
+    facts["tvm_version"] = "0.1.2"
+    library.with_name("build_info.json").write_text(json.dumps(facts))
+    return library
+
+
+def test_library_tells_what_it_was_built_from() -> None:
+    loaded = dict(tvm.get_global_func("tvm_flashinfer.build_info")())
+    assert loaded == vars(_library.build_info())
+    assert loaded["tvm_version"] == tvm.__version__
+    assert loaded["project_version"] == tvm_flashinfer.__version__
+
+
+def test_no_search_path_is_baked_in() -> None:
+    """The library must use the libtvm_runtime.so that `import tvm` loaded, wherever that is."""
+    dynamic = subprocess.run(
+        ["readelf", "-d", str(_library.library_path())], capture_output=True, text=True, check=True
+    ).stdout
+    assert "libtvm_runtime.so" in dynamic
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+
+
+def test_import_under_another_tvm_names_both_versions(foreign_library: Path) -> None:
+    result = run_python("import tvm_flashinfer", TVM_FLASHINFER_LIBRARY=str(foreign_library))
+    assert result.returncode == 1
+    sentence = result.stderr.strip().splitlines()[-1]
+    assert "compiled for TVM 0.1.2" in sentence
+    assert f"imported here is {tvm.__version__}" in sentence
+
+
+def test_library_for_another_tvm_is_never_loaded(foreign_library: Path) -> None:
+    code = (
+        "import tvm\n"
+        "try:\n    import tvm_flashinfer\nexcept ImportError:\n    pass\n"
+        "print(tvm.get_global_func('tvm_flashinfer.build_info', allow_missing=True))\n"
+        "print('libtvm_flashinfer' in open('/proc/self/maps').read())"
+    )
+    result = run_python(code, TVM_FLASHINFER_LIBRARY=str(foreign_library))
+    assert result.stdout.split() == ["None", "False"], result.stderr
+
+
+def test_same_version_with_another_interface_is_refused() -> None:
+    facts = {**vars(_library.build_info()), "kv_state_sha256": "0" * 64}
+    with pytest.raises(LibraryError, match="KV-cache interface differs"):
+        _library.check_abi(_library.BuildInfo(**facts))
+
+
+def test_missing_or_broken_facts_are_a_sentence(foreign_library: Path) -> None:
+    facts = foreign_library.with_name("build_info.json")
+    for text in ("", "[]", '{"tvm_version": "1"}'):
+        facts.write_text(text)
+        with pytest.raises(LibraryError, match="doesn't tell which TVM"):
+            _library.BuildInfo.beside(foreign_library)
+    facts.unlink()
+    with pytest.raises(LibraryError, match="install tvm-flashinfer again"):
+        _library.BuildInfo.beside(foreign_library)
+
+
+def test_override_must_be_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TVM_FLASHINFER_LIBRARY", str(tmp_path))
+    with pytest.raises(LibraryError, match="TVM_FLASHINFER_LIBRARY=.* is not a file"):
+        _library.library_path()
+
+
+def test_unloadable_library_is_a_sentence(foreign_library: Path) -> None:
+    shutil.copy(_library.library_path().with_name("build_info.json"), foreign_library.parent)
+    foreign_library.write_bytes(b"not a library")
+    result = run_python("import tvm_flashinfer", TVM_FLASHINFER_LIBRARY=str(foreign_library))
+    assert "can't be loaded" in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", [["tvm-flashinfer"], [sys.executable, "-m", "tvm_flashinfer"]])
+def test_command_line_survives_a_foreign_library(foreign_library: Path, command: list[str]) -> None:
+    """Help needs no library; a command that does answers with the sentence, not with a traceback."""
+    env = {**os.environ, "TVM_FLASHINFER_LIBRARY": str(foreign_library), "COLUMNS": "400"}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *arguments], env=env, capture_output=True, text=True, timeout=120
+        )
+
+    assert run("--help").returncode == 0
+    assert "0.1.2" in run("doctor").stdout
+    generated = run("generate", str(ROOT), "--prompt", "x")
+    assert generated.returncode != 0
+    assert "Traceback" not in generated.stderr + generated.stdout
+
+
+def test_wheel_is_complete_and_works_where_it_is_unpacked(tmp_path: Path) -> None:
+    """`pip install .`: the library, its facts, the kernel headers and the type markers are inside."""
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
+        + ["--wheel-dir", str(tmp_path), str(ROOT)],
+        check=True,
+        timeout=500,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(site)
+    headers = {
+        f"tvm_flashinfer/include/{path.relative_to(ROOT / 'cuda_src/include').as_posix()}"
+        for path in (ROOT / "cuda_src/include").rglob("*.h")
+    }
+    assert headers <= names
+    assert {"tvm_flashinfer/py.typed", "relax_passes/py.typed"} <= names
+    assert not {name.split("/")[0] for name in names} - {
+        "tvm_flashinfer",
+        "relax_passes",
+        f"tvm_flashinfer-{tvm_flashinfer.__version__}.dist-info",
+    }
+    # -S -c: without this environment's own editable install in the way.
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild' not in repr(f)]\n"
+        f"sys.path.insert(0, {str(site)!r})\n"
+        "import tvm_flashinfer as t; print(t.library_path()); print(t.include_dir())"
+    )
+    result = run_python(code, TVM_FLASHINFER_LIBRARY="")
+    assert result.stdout.split() == [
+        str(site / "tvm_flashinfer/lib/libtvm_flashinfer.so"),
+        str(site / "tvm_flashinfer/include"),
+    ], result.stderr
