@@ -32,12 +32,9 @@ def imports_of(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("header", CPU_HEADERS, ids=str)
 def test_kernel_header_stands_alone_without_tvm(header: Path) -> None:
     """It compiles as the only include, with nothing but our own headers on the path."""
-    subprocess.run(
-        ["g++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-mavx2", "-mfma"]
-        + ["-I", str(KERNELS), "-include", str(header), "-x", "c++", "/dev/null"],
-        check=True,
-        timeout=120,
-    )
+    command = ["g++", "-std=c++17", "-march=native", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+    command += ["-I", str(KERNELS), "-include", str(header), "-x", "c++", "/dev/null"]
+    subprocess.run(command, check=True, timeout=120)
 
 
 def test_kernel_headers_name_neither_tvm_nor_python() -> None:

@@ -1,4 +1,4 @@
-"""The build and the package: what an installation contains, and how the library is found and loaded."""
+"""What an installation contains, and how the library in it is found, checked and loaded."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_missing_or_broken_facts_are_a_sentence(foreign_library: Path) -> None:
 
 def test_override_must_be_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TVM_FLASHINFER_LIBRARY", str(tmp_path))
-    with pytest.raises(LibraryError, match="TVM_FLASHINFER_LIBRARY=.* is not a file"):
+    with pytest.raises(LibraryError, match=r"TVM_FLASHINFER_LIBRARY=.* is not a file"):
         _library.library_path()
 
 
@@ -108,7 +108,7 @@ def test_unloadable_library_is_a_sentence(foreign_library: Path) -> None:
 
 @pytest.mark.parametrize("command", [["tvm-flashinfer"], [sys.executable, "-m", "tvm_flashinfer"]])
 def test_command_line_survives_a_foreign_library(foreign_library: Path, command: list[str]) -> None:
-    """Help needs no library; a command that does answers with the sentence, not with a traceback."""
+    """Help needs no library; a command that does answers with the sentence, no traceback."""
     env = {**os.environ, "TVM_FLASHINFER_LIBRARY": str(foreign_library), "COLUMNS": "400"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
 
@@ -125,13 +125,9 @@ def test_command_line_survives_a_foreign_library(foreign_library: Path, command:
 
 
 def test_wheel_is_complete_and_works_where_it_is_unpacked(tmp_path: Path) -> None:
-    """`pip install .`: the library, its facts, the kernel headers and the type markers are inside."""
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
-        + ["--wheel-dir", str(tmp_path), str(ROOT)],
-        check=True,
-        timeout=500,
-    )
+    """The library, its facts, the kernel headers and the type markers are inside."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
+    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, timeout=500)
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
@@ -148,9 +144,10 @@ def test_wheel_is_complete_and_works_where_it_is_unpacked(tmp_path: Path) -> Non
         "relax_passes",
         f"tvm_flashinfer-{tvm_flashinfer.__version__}.dist-info",
     }
-    # -S -c: without this environment's own editable install in the way.
+    # Without this environment's own editable install, which would be found first.
     code = (
-        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild' not in repr(f)]\n"
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild' not in repr(f)]\n"
         f"sys.path.insert(0, {str(site)!r})\n"
         "import tvm_flashinfer as t; print(t.library_path()); print(t.include_dir())"
     )
