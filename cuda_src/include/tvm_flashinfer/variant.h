@@ -34,6 +34,13 @@ struct TileRange {
   int32_t q_lo, q_hi, kv_lo, kv_hi;
 };
 
+/*! \brief Parameters of every StandardVariant; a variant reads those it is compiled with. */
+struct StandardVariantParams {
+  int32_t window_left = 0;
+  int32_t attention_sink = 0;
+  float soft_cap = 1.0f;
+};
+
 /*!
  * \brief Softmax attention with an optional causal mask, sliding window and logits soft-cap.
  * \tparam kCausal A key is visible from its own position on.
@@ -42,11 +49,7 @@ struct TileRange {
  */
 template <bool kCausal, bool kWindow = false, bool kSoftCap = false>
 struct StandardVariant {
-  struct Params {
-    int32_t window_left;
-    int32_t attention_sink;
-    float soft_cap;
-  };
+  using Params = StandardVariantParams;
   static constexpr bool kHasMask = kCausal || kWindow;
   static constexpr bool kHasLogits = kSoftCap;
 

@@ -1,0 +1,106 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// Merges partial states in the launch that made them: the block that completes a token's last
+// state merges all of them. Tickets only decide who merges; the order of the merge is the plan's,
+// so results do not depend on timing.
+#ifndef TVM_FLASHINFER_CUDA_MERGE_CUH_
+#define TVM_FLASHINFER_CUDA_MERGE_CUH_
+
+#include "../params.h"
+#include "online_softmax.cuh"
+#include "output.cuh"
+#include "ptx.cuh"
+
+namespace tvm_flashinfer {
+namespace cuda {
+
+/*! \brief Merge the states of one token, of every query head of a KV head. All threads call it. */
+template <typename C>
+__device__ __forceinline__ void MergeToken(const AttentionParams& p, int token, int kv_head,
+                                           float* lse, int32_t* rows) {
+  const int group = p.num_qo_heads / p.num_kv_heads;
+  const int begin = p.plan.merge_indptr[token];
+  const int count = p.plan.merge_indptr[token + 1] - begin;
+  constexpr int kUnits = C::kHeadDimVO / 4;
+  // Every thread passes the barriers below equally often, whether it has a unit left or not.
+  for (int first = 0; first < group * kUnits; first += C::kThreads) {
+    const int unit = first + static_cast<int>(threadIdx.x);
+    const bool active = unit < group * kUnits;
+    const int g = active ? unit / kUnits : 0, column = unit % kUnits * 4;
+    float top = TVM_FLASHINFER_NEG_INF, sum = 0.0f;
+    float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int done = 0; done < count; done += C::kMergeStates) {
+      const int states = min(C::kMergeStates, count - done);
+      __syncthreads();
+      for (int i = static_cast<int>(threadIdx.x); i < states * group; i += C::kThreads) {
+        const int row = p.plan.merge_rows[begin + done + i / group];
+        if (i % group == 0) rows[i / group] = row;
+        lse[i] = ptx::LoadL2(p.lse_partial + int64_t{row} * p.num_qo_heads + kv_head * group +
+                             i % group) *
+                 kLog2e;
+      }
+      __syncthreads();
+      if (!active) continue;
+      float new_top = top;
+      for (int i = 0; i < states; ++i) new_top = fmaxf(new_top, lse[i * group + g]);
+      const float shift = new_top == TVM_FLASHINFER_NEG_INF ? 0.0f : new_top;
+      const float rescale = ptx::Exp2(top - shift);
+      top = new_top;
+      sum *= rescale;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e] *= rescale;
+#pragma unroll 8
+      for (int i = 0; i < states; ++i) {
+        float o[4];
+        ptx::LoadL2(o, p.o_partial +
+                           (int64_t{rows[i]} * p.num_qo_heads + kv_head * group + g) *
+                               C::kHeadDimVO +
+                           column);
+        const float weight = ptx::Exp2(lse[i * group + g] - shift);
+        sum += weight;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[e] += weight * o[e];
+      }
+    }
+    if (!active) continue;
+    const StateWriter<typename C::T, C::kHeadDimVO> writer(p, token, kv_head * group + g, -1);
+    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] *= inverse;
+    writer.Write(column, x);
+    if (column == 0) writer.WriteLse(NaturalLse(top, sum));
+  }
+}
+
+/*!
+ * \brief Count the item's partial states in, and merge the tokens that this completes.
+ *
+ * The partial states were written by any threads of the block. `p.merge_tickets` [token, KV head]
+ * holds how many states of a token are there; it returns to zero with the last.
+ * \param smem kMergeBytes.
+ */
+template <typename C>
+__device__ __forceinline__ void MergeCompleted(const AttentionParams& p, const WorkItem& item,
+                                               uint8_t* smem) {
+  int32_t* complete = reinterpret_cast<int32_t*>(smem);                  // [kRows] tokens
+  int32_t* rows = complete + C::kRows;                                   // [kMergeStates]
+  float* lse = reinterpret_cast<float*>(rows + C::kMergeStates);         // [kMergeStates, group]
+  __syncthreads();
+  for (int t = static_cast<int>(threadIdx.x); t < item.q_count; t += C::kThreads) {
+    const int token = item.q_begin + t;
+    const int states = p.plan.merge_indptr[token + 1] - p.plan.merge_indptr[token];
+    int32_t* ticket = p.merge_tickets + int64_t{token} * p.num_kv_heads + item.head;
+    const bool last = ptx::AtomicAddOrdered(ticket, 1) == states - 1;
+    if (last) *ticket = 0;
+    complete[t] = last;
+  }
+  __syncthreads();
+  for (int t = 0; t < item.q_count; ++t) {
+    if (complete[t]) MergeToken<C>(p, item.q_begin + t, item.head, lse, rows);
+  }
+}
+
+}  // namespace cuda
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_CUDA_MERGE_CUH_

@@ -1,0 +1,156 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// Where the states of a work item go: straight to the outputs, or to the partial-state workspace.
+#ifndef TVM_FLASHINFER_CUDA_OUTPUT_CUH_
+#define TVM_FLASHINFER_CUDA_OUTPUT_CUH_
+
+#include "../params.h"
+#include "block_layout.cuh"
+#include "online_softmax.cuh"
+#include "ptx.cuh"
+#include "q_tile.cuh"
+
+namespace tvm_flashinfer {
+namespace cuda {
+
+/*! \brief Destination of one (token, query head)'s state. */
+template <typename T, int kHeadDimVO>
+class StateWriter {
+ public:
+  /*! \param partial Partial row of the token, or -1: its state is the final one. */
+  __device__ __forceinline__ StateWriter(const AttentionParams& p, int token, int head, int partial)
+      : final_(partial < 0) {
+    if (final_) {
+      o_ = static_cast<T*>(p.o) + token * p.o_token_stride + head * p.o_head_stride;
+      lse_ = p.lse == nullptr ? nullptr : p.lse + int64_t{token} * p.num_qo_heads + head;
+    } else {
+      const int64_t row = int64_t{partial} * p.num_qo_heads + head;
+      o_ = p.o_partial + row * kHeadDimVO;
+      lse_ = p.lse_partial + row;
+    }
+  }
+
+  /*! \brief Write `kCount` (2 or 4) normalised output elements at a column. */
+  template <int kCount>
+  __device__ __forceinline__ void Write(int column, const float (&x)[kCount]) const {
+    static_assert(kCount == 2 || kCount == 4, "a store moves 2 or 4 elements");
+    if (final_) {
+      uint32_t packed[kCount / 2];
+#pragma unroll
+      for (int i = 0; i < kCount / 2; ++i) packed[i] = ptx::Pack2<T>(x[2 * i], x[2 * i + 1]);
+      Store(static_cast<T*>(o_) + column, packed);
+    } else {
+      Store(static_cast<float*>(o_) + column, x);
+    }
+  }
+
+  __device__ __forceinline__ void WriteLse(float lse) const {
+    if (lse_ != nullptr) *lse_ = lse;
+  }
+
+ private:
+  template <typename P, typename V, int kCount>
+  __device__ __forceinline__ static void Store(P* to, const V (&x)[kCount]) {
+    struct alignas(sizeof(V) * kCount) Vector {
+      V x[kCount];
+    };
+    Vector v;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v.x[i] = x[i];
+    *reinterpret_cast<Vector*>(to) = v;
+  }
+
+  bool final_;
+  void* o_;
+  float* lse_;
+};
+
+/*! \brief Write a single slice's states from registers. */
+template <typename C>
+__device__ __forceinline__ void WriteStates(const AttentionParams& p, const WorkItem& item,
+                                            const QTile<C>& q, const BlockLayout<C>& at,
+                                            const OnlineSoftmax<C::kRowBlocks, C::kHeadDimVO>& s) {
+#pragma unroll
+  for (int b = 0; b < C::kRowBlocks; ++b) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = at.Row(b, h);
+      if (row >= q.rows) continue;
+      const int token = q.Token(row);
+      const StateWriter<typename C::T, C::kHeadDimVO> writer(
+          p, item.q_begin + token, q.Head(row), item.partial < 0 ? -1 : item.partial + token);
+      const float inverse = s.sum[b][h] > 0.0f ? 1.0f / s.sum[b][h] : 0.0f;
+#pragma unroll
+      for (int n = 0; n < C::kHeadDimVO / 8; ++n) {
+        const float pair[2] = {s.o[b][n][2 * h] * inverse, s.o[b][n][2 * h + 1] * inverse};
+        writer.Write(n * 8 + 2 * (at.lane % 4), pair);
+      }
+      if (at.lane % 4 == 0) writer.WriteLse(NaturalLse(s.max[b][h], s.sum[b][h]));
+    }
+  }
+}
+
+/*!
+ * \brief Merge the states of the slices through shared memory and write them.
+ * \param smem kExchangeBytes that no copy in flight writes to.
+ */
+template <typename C>
+__device__ __forceinline__ void MergeSlices(const AttentionParams& p, const WorkItem& item,
+                                            const QTile<C>& q, const BlockLayout<C>& at,
+                                            const OnlineSoftmax<C::kRowBlocks, C::kHeadDimVO>& s,
+                                            uint8_t* smem) {
+  float* o = reinterpret_cast<float*>(smem);                      // [slice, row, pitch]
+  float* top = o + C::kSlices * C::kRows * C::kExchangePitch;     // [slice, row]
+  float* sum = top + C::kSlices * C::kRows;                       // [slice, row]
+#pragma unroll
+  for (int b = 0; b < C::kRowBlocks; ++b) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = at.Row(b, h);
+      if (row >= q.rows) continue;
+      const int slot = at.slice * C::kRows + row;
+#pragma unroll
+      for (int n = 0; n < C::kHeadDimVO / 8; ++n) {
+        float* to = o + slot * C::kExchangePitch + n * 8 + 2 * (at.lane % 4);
+        to[0] = s.o[b][n][2 * h];
+        to[1] = s.o[b][n][2 * h + 1];
+      }
+      if (at.lane % 4 == 0) {
+        top[slot] = s.max[b][h];
+        sum[slot] = s.sum[b][h];
+      }
+    }
+  }
+  __syncthreads();
+  constexpr int kUnits = C::kHeadDimVO / 4;
+  for (int unit = static_cast<int>(threadIdx.x); unit < q.rows * kUnits; unit += C::kThreads) {
+    const int row = unit / kUnits, column = unit % kUnits * 4;
+    float all_max = TVM_FLASHINFER_NEG_INF;
+#pragma unroll
+    for (int i = 0; i < C::kSlices; ++i) all_max = fmaxf(all_max, top[i * C::kRows + row]);
+    const float shift = all_max == TVM_FLASHINFER_NEG_INF ? 0.0f : all_max;
+    float all_sum = 0.0f;
+    float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < C::kSlices; ++i) {
+      const int slot = i * C::kRows + row;
+      const float weight = ptx::Exp2(top[slot] - shift);
+      all_sum += weight * sum[slot];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e] += weight * o[slot * C::kExchangePitch + column + e];
+    }
+    const int token = q.Token(row);
+    const StateWriter<typename C::T, C::kHeadDimVO> writer(
+        p, item.q_begin + token, q.Head(row), item.partial < 0 ? -1 : item.partial + token);
+    const float inverse = all_sum > 0.0f ? 1.0f / all_sum : 0.0f;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] *= inverse;
+    writer.Write(column, x);
+    if (column == 0) writer.WriteLse(NaturalLse(all_max, all_sum));
+  }
+}
+
+}  // namespace cuda
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_CUDA_OUTPUT_CUH_

@@ -1,0 +1,148 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// Every PTX instruction the kernels use, and nothing else. Shared memory is addressed by 32-bit
+// shared-window addresses. The emulator provides the same functions for a host compiler, so a
+// kernel that keeps to this header runs on a CPU too.
+#ifndef TVM_FLASHINFER_CUDA_PTX_CUH_
+#define TVM_FLASHINFER_CUDA_PTX_CUH_
+
+#include <cstdint>
+#include <type_traits>
+
+#include "element.cuh"
+#include "platform.cuh"
+
+#if defined(TVM_FLASHINFER_CUDA_EMULATION)
+#include "ptx_emulation.h"
+#else
+
+namespace tvm_flashinfer {
+namespace cuda {
+namespace ptx {
+
+/*! \brief Shared-window address of a pointer into shared memory. */
+__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- Asynchronous copies, sm_80 ----
+
+/*! \brief Copy 16 bytes global -> shared; writes zeros, and reads nothing, unless `valid`. */
+__device__ __forceinline__ void CpAsync16(uint32_t shared, const void* global, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(bytes)
+               : "memory");
+}
+
+/*! \brief Close the thread's current group of copies. */
+__device__ __forceinline__ void CpAsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/*! \brief Wait until at most `kPending` of the thread's youngest groups are in flight. */
+template <int kPending>
+__device__ __forceinline__ void CpAsyncWait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- Matrix fragments, sm_80 ----
+
+/*!
+ * \brief Load four 8x8 matrices of 16-bit elements; lanes 8i..8i+7 give the rows of matrix i.
+ * Lane l receives elements (l / 4, 2 (l % 4) + {0, 1}) of each.
+ */
+__device__ __forceinline__ void LdMatrixX4(uint32_t (&r)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared)
+               : "memory");
+}
+
+/*! \brief As LdMatrixX4, of the transposed matrices. */
+__device__ __forceinline__ void LdMatrixX4Trans(uint32_t (&r)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared)
+               : "memory");
+}
+
+/*! \brief c[16, 8] += a[16, 16] b[16, 8], accumulated in float32. */
+template <typename T>
+__device__ __forceinline__ void MmaM16N8K16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                            uint32_t b1) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    static_assert(std::is_same_v<T, Float16>, "tensor-core operands are Float16 or BFloat16");
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+/*! \brief Round two floats to nearest even and pack them, `lo` in the lower half. */
+template <typename T>
+__device__ __forceinline__ uint32_t Pack2(float lo, float hi) {
+  uint32_t packed;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+  }
+  return packed;
+}
+
+// ---- Arithmetic ----
+
+/*! \brief 2^x within 2 ulp; 2^-inf is 0. */
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// ---- Between threads ----
+
+/*! \brief Barrier of `threads` threads (a multiple of 32) of the block, named by `id` in [1, 15]. */
+__device__ __forceinline__ void NamedBarrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/*!
+ * \brief Add, ordering device-wide everything this thread did or saw before it, and everything it
+ * does after it, around it.
+ */
+__device__ __forceinline__ int32_t AtomicAddOrdered(int32_t* address, int32_t value) {
+  int32_t old;
+  asm volatile("fence.acq_rel.gpu;\n\tatom.relaxed.gpu.global.add.s32 %0, [%1], %2;\n\t"
+               "fence.acq_rel.gpu;"
+               : "=r"(old)
+               : "l"(address), "r"(value)
+               : "memory");
+  return old;
+}
+
+/*! \brief Load 4 floats past L1, as what other blocks wrote in this launch must be. */
+__device__ __forceinline__ void LoadL2(float (&v)[4], const float* address) {
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "l"(address));
+}
+
+/*! \brief Load a float past L1. */
+__device__ __forceinline__ float LoadL2(const float* address) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(address));
+  return v;
+}
+
+}  // namespace ptx
+}  // namespace cuda
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_CUDA_EMULATION
+
+#endif  // TVM_FLASHINFER_CUDA_PTX_CUH_

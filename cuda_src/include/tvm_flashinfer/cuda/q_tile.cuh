@@ -1,0 +1,59 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// The query tile of a work item: (token, head of the GQA group) packed into rows.
+#ifndef TVM_FLASHINFER_CUDA_Q_TILE_CUH_
+#define TVM_FLASHINFER_CUDA_Q_TILE_CUH_
+
+#include "../params.h"
+#include "block_layout.cuh"
+#include "ptx.cuh"
+
+namespace tvm_flashinfer {
+namespace cuda {
+
+/*! \brief Rows of a tile and what they stand for. */
+template <typename C>
+struct QTile {
+  using T = typename C::T;
+  using Tile = typename C::KTile;
+  int q_begin, rows, group, kv_head;
+
+  __device__ __forceinline__ QTile(const AttentionParams& p, const WorkItem& item)
+      : q_begin(item.q_begin), group(p.num_qo_heads / p.num_kv_heads), kv_head(item.head) {
+    rows = item.q_count * group;
+  }
+
+  __device__ __forceinline__ int Token(int row) const { return row / group; }  //!< within the tile
+  __device__ __forceinline__ int Head(int row) const { return kv_head * group + row % group; }
+
+  /*! \brief Copy the rows of one warp's row group into a tile that starts at packed row 0. */
+  __device__ __forceinline__ void Load(const AttentionParams& p, const BlockLayout<C>& at,
+                                       uint32_t tile) const {
+    constexpr int kCopies = 16 * C::kRowBlocks * Tile::kChunks;
+#pragma unroll
+    for (int i = 0; i < CeilDiv(kCopies, kWarpSize); ++i) {
+      const int copy = i * kWarpSize + at.lane;
+      const int row = at.FirstRow() + copy / Tile::kChunks;
+      const int chunk = copy % Tile::kChunks;
+      if (kCopies % kWarpSize == 0 || copy < kCopies) {
+        const bool valid = row < rows;
+        const int64_t offset =
+            valid ? (q_begin + Token(row)) * p.q_token_stride + Head(row) * p.q_head_stride : 0;
+        ptx::CpAsync16(tile + Tile::Offset(row, chunk),
+                       static_cast<const T*>(p.q) + offset + chunk * kElementsPerChunk, valid);
+      }
+    }
+  }
+
+  /*! \brief Fragment of 16 rows x 16 columns, as the A operand of a matrix product. */
+  __device__ __forceinline__ static void Fragment(uint32_t (&a)[4], const BlockLayout<C>& at,
+                                                  uint32_t tile, int block, int k) {
+    const int row = at.FirstRow() + block * 16 + at.lane % 16;
+    ptx::LdMatrixX4(a, tile + Tile::Offset(row, k * 2 + at.lane / 16));
+  }
+};
+
+}  // namespace cuda
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_CUDA_Q_TILE_CUH_

@@ -1,0 +1,63 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// Runs CPU kernels on TVM's thread pool. Threads take work items from one queue as they finish, for
+// cores are shared; results don't depend on who took what.
+#ifndef TVM_FLASHINFER_RUNTIME_CPU_EXECUTOR_H_
+#define TVM_FLASHINFER_RUNTIME_CPU_EXECUTOR_H_
+
+#include <tvm/ffi/function.h>
+#include <tvm_flashinfer/cpu/kernel.h>
+#include <tvm_flashinfer/params.h>
+
+#include <cstdint>
+#include <memory>
+
+namespace tvm_flashinfer {
+
+/*!
+ * \brief A kernel table and the library that holds it.
+ *
+ * A kernel library exports one function that returns the address of its table (see
+ * tvm_flashinfer/jit.py); keeping the function keeps the library loaded.
+ */
+class KernelHandle {
+ public:
+  /*! \throws ValueError when `factory` was compiled for another version of this runtime. */
+  explicit KernelHandle(tvm::ffi::Function factory);
+  const CpuKernel* operator->() const { return table_; }
+  const CpuKernel& operator*() const { return *table_; }
+
+ private:
+  tvm::ffi::Function factory_;
+  const CpuKernel* table_;
+};
+
+class CpuExecutor {
+ public:
+  /*! \param max_rows Packed rows of the largest item. */
+  CpuExecutor(KernelHandle kernel, int32_t max_rows);
+
+  /*! \brief Threads of TVM's pool, the caller's included. */
+  static int32_t NumThreads();
+
+  /*! \brief Attention of one layer: every work item, then the merge of partial states. */
+  void Run(const AttentionParams& params);
+  /*! \brief Store `count` new tokens into the pool. */
+  void Append(const AppendParams& params, int32_t count);
+
+ private:
+  template <typename Fn>
+  void ParallelFor(int32_t count, const Fn& fn) const;
+
+  KernelHandle kernel_;
+  int32_t num_threads_;
+  int64_t scratch_stride_;
+  struct Free {
+    void operator()(void* p) const;
+  };
+  std::unique_ptr<char, Free> scratch_;  //!< one slice a thread
+};
+
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_RUNTIME_CPU_EXECUTOR_H_

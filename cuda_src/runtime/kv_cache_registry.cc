@@ -1,0 +1,102 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// Packed functions of the KV cache. Names never start with vm.builtin., which Relax's graph capture
+// excludes; TVM's own vm.builtin.kv_state_* and attention_kv_cache_* drive the object as well.
+#include <tvm/ffi/reflection/registry.h>
+
+#include <string>
+
+#include "check.h"
+#include "kv_cache.h"
+#include "tensor_view.h"
+
+namespace tvm_flashinfer {
+namespace {
+
+using tvm::ffi::Function;
+using tvm::runtime::vm::AttentionKVCache;
+
+int32_t Extent(const char* name, const Shape& shape, size_t index, int64_t low) {
+  const int64_t value = shape[index];
+  TVM_FLASHINFER_CHECK(value >= low && value <= INT32_MAX, ValueError)
+      << name << " is " << value << ", it must lie in [" << low << ", 2^31)";
+  return static_cast<int32_t>(value);
+}
+
+void CheckSize(const char* name, const Shape& shape, size_t size, const char* entries) {
+  TVM_FLASHINFER_CHECK(shape.size() == size, ValueError)
+      << "argument `" << name << "` has " << shape.size() << " entries, expected " << size << ": "
+      << entries;
+}
+
+AttentionKVCache CreateKVCache(Shape bounds, Shape layers, Shape heads, Function kernel,
+                               Tensor init) {
+  CheckSize("bounds", bounds, 5,
+            "max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, "
+            "support_sliding_window");
+  CheckSize("layers", layers, 2, "first layer, end layer");
+  CheckSize("heads", heads, 4, "num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo");
+  KVCacheConfig config;
+  config.max_batch = Extent("max_batch_size", bounds, 0, 1);
+  config.max_total_seq_len = Extent("max_total_seq_len", bounds, 1, 1);
+  config.prefill_chunk = Extent("prefill_chunk_size", bounds, 2, 1);
+  config.page_size = Extent("page_size", bounds, 3, 1);
+  TVM_FLASHINFER_CHECK(bounds[4] == 0, NotImplementedError)
+      << "support_sliding_window: this cache keeps whole sequences";
+  config.layer_begin = Extent("first layer", layers, 0, 0);
+  config.layer_end = Extent("end layer", layers, 1, config.layer_begin + 1);
+  config.num_qo_heads = Extent("num_qo_heads", heads, 0, 1);
+  config.num_kv_heads = Extent("num_kv_heads", heads, 1, 1);
+  config.head_dim_qk = Extent("head_dim_qk", heads, 2, 1);
+  config.head_dim_vo = Extent("head_dim_vo", heads, 3, 1);
+  TVM_FLASHINFER_CHECK(config.num_qo_heads % config.num_kv_heads == 0, ValueError)
+      << "num_qo_heads " << config.num_qo_heads << " is not a multiple of num_kv_heads "
+      << config.num_kv_heads;
+  TVM_FLASHINFER_CHECK(init->device.device_type == kDLCPU, NotImplementedError)
+      << "argument `init` is on device type " << static_cast<int>(init->device.device_type)
+      << ": this build runs KV caches on the CPU";
+  KernelHandle handle(std::move(kernel));
+  const auto check_kernel = [](const char* what, const std::string& compiled,
+                               const std::string& asked) {
+    TVM_FLASHINFER_CHECK(compiled == asked, ValueError)
+        << "argument `kernel` was compiled for " << what << " " << compiled
+        << ", the cache is made with " << asked;
+  };
+  check_kernel("head_dim_qk", std::to_string(handle->head_dim_qk),
+               std::to_string(config.head_dim_qk));
+  check_kernel("head_dim_vo", std::to_string(handle->head_dim_vo),
+               std::to_string(config.head_dim_vo));
+  check_kernel("a KV pool of", tvm::ffi::DLDataTypeToString(ToDLDataType(handle->kv_type)),
+               tvm::ffi::DLDataTypeToString(init->dtype));
+  return AttentionKVCache(
+      tvm::ffi::make_object<KVCacheObj>(config, std::move(handle), init->dtype, init->device));
+}
+
+KVCacheObj* Ours(const AttentionKVCache& cache) {
+  auto* ours = const_cast<KVCacheObj*>(cache.as<KVCacheObj>());
+  TVM_FLASHINFER_CHECK(ours != nullptr, TypeError)
+      << "argument `cache` is a " << cache->GetTypeKey() << ", expected tvm_flashinfer.KVCache";
+  return ours;
+}
+
+template <bool kHeadMajor>
+void KVCacheAttention(AttentionKVCache cache, int64_t layer_id, double sm_scale, Tensor q, Tensor k,
+                      Tensor v, Tensor o) {
+  Ours(cache)->Attention(layer_id, sm_scale, *q.operator->(), *k.operator->(), *v.operator->(),
+                         *o.operator->(), kHeadMajor);
+}
+
+void DebugSetKV(AttentionKVCache cache, int64_t seq_id, int64_t start_pos, Tensor k, Tensor v) {
+  Ours(cache)->DebugSetKV(seq_id, start_pos, k, v);
+}
+
+TVM_FFI_STATIC_INIT_BLOCK() {
+  tvm::ffi::reflection::GlobalDef()
+      .def("tvm_flashinfer.kv_cache_create", CreateKVCache)
+      .def("tvm_flashinfer.kv_cache_attention", KVCacheAttention<false>)
+      .def("tvm_flashinfer.kv_cache_attention_bhsd", KVCacheAttention<true>)
+      .def("tvm_flashinfer.kv_cache_debug_set_kv", DebugSetKV);
+}
+
+}  // namespace
+}  // namespace tvm_flashinfer
