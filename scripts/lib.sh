@@ -32,7 +32,7 @@ step() {
     sleep 0.2
     if ((SECONDS - begun >= shown + 5)); then
       shown=$((SECONDS - begun))
-      last=$(tail -c 400 "$log" | tr '\r' '\n' | grep -v '^[[:space:]]*$' | tail -n 1 | cut -c 1-80) || true
+      last=$(tail -n 5 "$log" | tr '\r' '\n' | tr -cd '[:print:]\n' | awk 'NF' | tail -n 1 | cut -c 1-80)
       printf '        ... %3d s  %s\n' "$shown" "$last"
     fi
   done
@@ -43,9 +43,10 @@ step() {
   fi
 }
 
-# fingerprint PATH...: a hash of the files' contents and names (tracked or new, not git-ignored ones).
+# fingerprint PATH...: a hash of the files' names and contents.
 fingerprint() {
-  (cd "$ROOT" && find "$@" -type f -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c 1-32)
+  (cd "$ROOT" && find "$@" -type f -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z |
+    xargs -0 sha256sum | sha256sum | cut -c 1-32)
 }
 
 is_done() { [[ -f $STATE/$1.stamp && $(<"$STATE/$1.stamp") == "$2" ]]; }
@@ -90,20 +91,22 @@ check_machine() {
   export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=$CONSTRAINTS
 }
 
+# Byte code for a thousand modules that are never imported would take a minute: made when needed.
+pip_install() { pip install --no-compile --progress-bar off "$@"; }
+
 # PyPI's torch for Linux brings gigabytes of CUDA libraries along; the CPU build is a "+cpu" version.
 install_torch() {
   local wanted
   wanted=$(grep '^torch==' "$CONSTRAINTS")+cpu
   if pip install --dry-run --no-deps "$wanted"; then
-    pip install "$wanted"
+    pip_install "$wanted"
   else
-    pip install --extra-index-url "$TORCH_CPU_INDEX" "$wanted"
+    pip_install --extra-index-url "$TORCH_CPU_INDEX" "$wanted"
   fi
 }
 
 install_build_tools() {
-  pip install "$(grep '^apache-tvm==' "$CONSTRAINTS")" "$(grep '^apache-tvm-ffi==' "$CONSTRAINTS")" \
-    scikit-build-core cmake ninja
+  pip_install apache-tvm apache-tvm-ffi scikit-build-core cmake ninja
 }
 
 # ensure_installed EXTRAS: tvm-flashinfer, editable, with these extras ("torch" or "torch,dev").
@@ -115,7 +118,7 @@ ensure_installed() {
     step "install TVM and build tools" install_build_tools
     step "install PyTorch (CPU build; imports checkpoints)" install_torch
     step "build and install tvm-flashinfer[$extras]" \
-      pip install --no-build-isolation -e "$ROOT[$extras]"
+      pip_install --no-build-isolation -e "$ROOT[$extras]"
     mark_done "install-$extras" "$from"
   fi
   step "bring libtvm_flashinfer.so up to date" cmake --build "$ROOT/build"
