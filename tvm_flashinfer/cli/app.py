@@ -253,7 +253,7 @@ def inspect(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check this machine and this installation; exit code 2 if something needed is broken."""
+    """Check this machine and this installation; exit code 1 if something needed is broken."""
     from .doctor import examine, print_findings
     from .output import print_json
 
@@ -263,7 +263,7 @@ def doctor(as_json: Json = False) -> None:
     else:
         print_findings(findings)
     if any(finding.status == "broken" for finding in findings):
-        raise typer.Exit(EXIT_USER)
+        raise typer.Exit(EXIT_OURS)
 
 
 @app.command()

@@ -1,0 +1,58 @@
+"""The suites there are, and what the command line hands to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, cast
+
+from .report import Report
+
+__all__ = ["SUITES", "Context", "load_suite"]
+
+# Compiles a checkpoint into a directory: (checkpoint, directory, attention "ours" or "tir").
+Compile = Callable[[Path, Path, str, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a suite works with.
+
+    Attributes
+    ----------
+    report: where the rows go.
+    progress: called with what is being done now.
+    compile: ``compile(checkpoint, directory, attention, max_seq_len)``.
+    folder: an empty folder for checkpoints and models.
+    device: ``cpu`` or ``cuda``; threads: CPU threads in use.
+    cases: a glob of the cases that are wanted.
+    """
+
+    report: Report
+    progress: Callable[[str], None]
+    compile: Compile
+    folder: Path
+    device: str
+    threads: int
+    cases: str = "*"
+
+    def wants(self, case: str) -> bool:
+        """Whether ``case`` was asked for."""
+        return fnmatch.fnmatchcase(case, self.cases)
+
+
+class Suite(Protocol):
+    """A module of this package."""
+
+    def run(self, context: Context) -> None: ...
+
+
+SUITES = {"generate": "whole models: latency between tokens, attention's share, prefill"}
+
+
+def load_suite(name: str) -> Suite:
+    """The module of a suite in ``SUITES``."""
+    return cast(Suite, importlib.import_module(f".{name.replace('-', '_')}", __package__))
