@@ -135,7 +135,7 @@ def test_wheel_is_complete_and_works_where_it_is_unpacked(tmp_path: Path) -> Non
         archive.extractall(site)
     headers = {
         f"tvm_flashinfer/include/{path.relative_to(ROOT / 'cuda_src/include').as_posix()}"
-        for path in (ROOT / "cuda_src/include").rglob("*.h")
+        for path in (ROOT / "cuda_src/include").rglob("*.*h")
     }
     assert headers <= names
     assert {"tvm_flashinfer/py.typed", "relax_passes/py.typed"} <= names

@@ -1,3 +1,5 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+
 /*!
  * \file abi.cc
  * \brief `tvm_flashinfer.build_info()`: what this library was compiled from and against.

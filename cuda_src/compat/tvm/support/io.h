@@ -1,3 +1,5 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+
 /*!
  * \file tvm/support/io.h
  * \brief Declarations that TVM's runtime headers need and its wheel does not ship.

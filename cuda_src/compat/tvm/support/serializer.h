@@ -1,3 +1,5 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+
 /*!
  * \file tvm/support/serializer.h
  * \brief Stands in for the header that TVM's wheel does not ship; see io.h beside it.
