@@ -38,6 +38,8 @@ struct AttentionParams {
   int32_t num_kv_heads;
   float sm_scale;
   PlanView plan;
+  /*! GPU backends, [query token, KV head]: zeros, and zeros again after every run. */
+  int32_t* merge_tickets;
 };
 
 }  // namespace tvm_flashinfer

@@ -5,20 +5,10 @@
 #ifndef TVM_FLASHINFER_CUDA_ELEMENT_CUH_
 #define TVM_FLASHINFER_CUDA_ELEMENT_CUH_
 
-#include <cstdint>
+#include "../dtype.h"
 
 namespace tvm_flashinfer {
 namespace cuda {
-
-/*! \brief IEEE binary16. */
-struct Float16 {
-  uint16_t bits;
-};
-
-/*! \brief The upper half of a binary32. */
-struct BFloat16 {
-  uint16_t bits;
-};
 
 /*! \brief Elements moved by one 16-byte access, the unit of every global and shared copy. */
 constexpr int kElementsPerChunk = 8;

@@ -1,0 +1,138 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// cuda/ptx.cuh for a host compiler. Asynchronous copies are performed at the wait that covers them
+// and not before: what is read too early is NaN.
+#ifndef TVM_FLASHINFER_EMULATOR_PTX_EMULATION_H_
+#define TVM_FLASHINFER_EMULATOR_PTX_EMULATION_H_
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "emulator.h"
+
+namespace tvm_flashinfer {
+namespace cuda {
+namespace ptx {
+
+using ::emulation::Block;
+
+inline uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - Block::Current().shared());
+}
+
+inline void CpAsync16(uint32_t shared, const void* global, bool valid) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    Block::Current().Fail("misaligned global address of cp.async");
+  }
+  uint8_t* to = Block::Current().Shared(shared, 16);
+  std::memset(to, 0xff, 16);
+  Block::Current().thread().open_group.push_back({to, valid ? global : nullptr});
+}
+
+inline void CpAsyncCommit() {
+  auto& thread = Block::Current().thread();
+  thread.groups.push_back(std::move(thread.open_group));
+  thread.open_group.clear();
+}
+
+template <int kPending>
+inline void CpAsyncWait() {
+  auto& thread = Block::Current().thread();
+  while (static_cast<int>(thread.groups.size()) > kPending) {
+    for (const auto& copy : thread.groups.front()) {
+      if (copy.from == nullptr) {
+        std::memset(copy.to, 0, 16);
+      } else {
+        std::memcpy(copy.to, copy.from, 16);
+      }
+    }
+    thread.groups.pop_front();
+  }
+}
+
+namespace detail {
+
+template <bool kTrans>
+inline void LdMatrix(uint32_t (&r)[4], uint32_t shared) {
+  struct Operand {
+    uint32_t* r;
+    const uint16_t* row;
+  } self{r, reinterpret_cast<const uint16_t*>(Block::Current().Shared(shared, 16))};
+  Block::Current().Warp(kTrans ? "ldmatrix.trans" : "ldmatrix", &self, [](void** all) {
+    for (int lane = 0; lane < ::emulation::kLanes; ++lane) {
+      for (int m = 0; m < 4; ++m) {
+        uint16_t pair[2];
+        for (int e = 0; e < 2; ++e) {
+          const int major = lane / 4, minor = 2 * (lane % 4) + e;
+          const auto* from = static_cast<Operand*>(all[m * 8 + (kTrans ? minor : major)]);
+          pair[e] = from->row[kTrans ? major : minor];
+        }
+        static_cast<Operand*>(all[lane])->r[m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+      }
+    }
+  });
+}
+
+}  // namespace detail
+
+inline void LdMatrixX4(uint32_t (&r)[4], uint32_t shared) { detail::LdMatrix<false>(r, shared); }
+inline void LdMatrixX4Trans(uint32_t (&r)[4], uint32_t shared) {
+  detail::LdMatrix<true>(r, shared);
+}
+
+template <typename T>
+inline void MmaM16N8K16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Operand {
+    float* c;
+    const uint32_t* a;
+    uint32_t b[2];
+  } self{c, a, {b0, b1}};
+  Block::Current().Warp("mma", &self, [](void** all) {
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < ::emulation::kLanes; ++lane) {
+      const auto* o = static_cast<Operand*>(all[lane]);
+      const int major = lane / 4, minor = 2 * (lane % 4);
+      for (int e = 0; e < 2; ++e) {
+        const auto half = [e](uint32_t v) { return static_cast<uint16_t>(v >> (16 * e)); };
+        for (int i = 0; i < 4; ++i) {
+          a[major + i % 2 * 8][minor + i / 2 * 8 + e] = ToFloat(T{half(o->a[i])});
+        }
+        for (int i = 0; i < 2; ++i) b[minor + i * 8 + e][major] = ToFloat(T{half(o->b[i])});
+      }
+    }
+    for (int lane = 0; lane < ::emulation::kLanes; ++lane) {
+      const auto* o = static_cast<Operand*>(all[lane]);
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = 2 * (lane % 4) + i % 2;
+        float sum = o->c[i];
+        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+        o->c[i] = sum;
+      }
+    }
+  });
+}
+
+template <typename T>
+inline uint32_t Pack2(float lo, float hi) {
+  return FromFloat<T>(lo).bits | static_cast<uint32_t>(FromFloat<T>(hi).bits) << 16;
+}
+
+inline float Exp2(float x) { return std::exp2(x); }
+
+inline void NamedBarrier(int id, int threads) { Block::Current().Barrier(id, threads); }
+
+inline int32_t AtomicAddOrdered(int32_t* address, int32_t value) {
+  const int32_t old = *address;
+  *address = old + value;
+  return old;
+}
+
+inline void LoadL2(float (&v)[4], const float* address) { std::memcpy(v, address, sizeof(v)); }
+inline float LoadL2(const float* address) { return *address; }
+
+}  // namespace ptx
+}  // namespace cuda
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_EMULATOR_PTX_EMULATION_H_
