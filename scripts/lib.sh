@@ -60,7 +60,8 @@ find_python() {
       return
     fi
   done
-  die "Python 3.10 or newer is needed, and ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1 || true)" \
+  candidate=${PYTHON:-python3}
+  die "Python 3.10 or newer is needed, and $candidate is $("$candidate" --version 2>/dev/null || echo "not there")" \
     "sudo apt-get install -y python3 python3-venv   (or name another one: PYTHON=/path/to/python3 $0)"
 }
 
