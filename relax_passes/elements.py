@@ -1,0 +1,435 @@
+"""One element of a tensor as a formula: what the graph computes at a given index.
+
+``ElementView.at(x, [h, s, t])`` walks back from ``x`` through layout operators (which only change
+the index), creation operators (``arange``, ``full`` ...) and element-wise operators, and returns a
+tree:
+
+    Const(value)            a number
+    Index(expr)             an integer that is arithmetic over index variables (from ``arange``)
+    Load(tensor, index)     an element of a tensor the walk does not look into
+    Apply(op, args, dtype)  an element-wise operator
+
+A mask built from index arithmetic becomes a predicate over (query, key) this way, however many
+expand_dims, broadcasts and casts its graph took, and an attention operand becomes "element (h // 4,
+t, d) of k", which is how grouped heads are recovered without looking for a particular idiom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+from tvm.ir import GenericConst
+
+from relax_passes.graph import (
+    Graph,
+    axis_of,
+    dtype_of,
+    ints,
+    is_one,
+    op_name,
+    permutation,
+    scalar_value,
+    shape_of,
+    static_int,
+)
+
+
+@dataclass(frozen=True)
+class Const:
+    value: float | int | bool
+
+
+@dataclass(frozen=True)
+class Index:
+    expr: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Load:
+    tensor: Any
+    index: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Apply:
+    op: str
+    args: tuple[Element, ...]
+    dtype: str
+
+
+Element = Const | Index | Load | Apply
+
+ELEMENTWISE_UNARY = frozenset(
+    [
+        "abs",
+        "acos",
+        "acosh",
+        "asin",
+        "asinh",
+        "astype",
+        "atan",
+        "atanh",
+        "bitwise_not",
+        "ceil",
+        "clip",
+        "cos",
+        "cosh",
+        "erf",
+        "exp",
+        "floor",
+        "isfinite",
+        "isinf",
+        "isnan",
+        "log",
+        "logical_not",
+        "negative",
+        "nn.gelu",
+        "nn.gelu_tanh",
+        "nn.leakyrelu",
+        "nn.relu",
+        "nn.relu6",
+        "nn.selu",
+        "nn.silu",
+        "nn.softplus",
+        "round",
+        "rsqrt",
+        "sigmoid",
+        "sign",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "tan",
+        "tanh",
+        "trunc",
+    ]
+)
+ELEMENTWISE_BINARY = frozenset(
+    [
+        "add",
+        "atan2",
+        "bitwise_and",
+        "bitwise_or",
+        "bitwise_xor",
+        "divide",
+        "equal",
+        "floor_divide",
+        "floor_mod",
+        "greater",
+        "greater_equal",
+        "left_shift",
+        "less",
+        "less_equal",
+        "logical_and",
+        "logical_or",
+        "logical_xor",
+        "maximum",
+        "minimum",
+        "mod",
+        "multiply",
+        "not_equal",
+        "power",
+        "right_shift",
+        "subtract",
+    ]
+)
+ELEMENTWISE = ELEMENTWISE_UNARY | ELEMENTWISE_BINARY | {"where"}
+
+
+class ElementView:
+    """Element formulas over one function's graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.analyzer = tvm.sym.Analyzer()
+
+    def variable(self, name: str, extent: Any) -> Any:
+        """A fresh index variable, known to lie in [0, extent)."""
+        var = tirx.Var(name, "int64")
+        self.analyzer.bind(var, tvm.ir.Range(0, extent))
+        return var
+
+    def at(
+        self,
+        expr: Any,
+        index: Sequence[Any],
+        stop: Callable[[Any], bool] = lambda var: False,
+    ) -> Element:
+        """The element of ``expr`` at ``index``; variables for which ``stop`` holds are not
+        entered.
+        """
+        index = tuple(index)
+        if isinstance(expr, relax.Var) and stop(expr):
+            return Load(expr, index)
+        bound = self.graph.resolve(expr)
+        value = scalar_value(bound)
+        if value is not None:
+            return Const(value)
+        if isinstance(bound, GenericConst) or not isinstance(bound, relax.Call):
+            return Load(expr, index)
+        name = op_name(bound)
+        moved = self.through_layout(bound, index)
+        if moved is not None:
+            return self.at(moved[0], moved[1], stop)
+        made = self._created(bound, name, index)
+        if made is not None:
+            return made
+        if name == "index_tensor":
+            return self._indexed(bound, index, stop) or Load(expr, index)
+        if name not in ELEMENTWISE:
+            return Load(expr, index)
+        args = tuple(
+            self.at(a, self._broadcast(a, index), stop) for a in bound.args if _is_tensor(a)
+        )
+        return Apply(name, args, dtype_of(bound))
+
+    def through_layout(
+        self, call: relax.Call, index: Sequence[Any]
+    ) -> tuple[Any, tuple[Any, ...]] | None:
+        """If ``call`` only moves elements: its source and the index there; else None."""
+        name = op_name(call)
+        rule = _LAYOUT.get(name)
+        if rule is None:
+            return None
+        source = call.args[0]
+        shape = shape_of(source)
+        if shape is None:
+            return None
+        found = rule(self, call, shape, list(index))
+        if found is None:
+            return None
+        return source, tuple(self.analyzer.simplify(i) for i in found)
+
+    def same(self, a: Any, b: Any) -> bool:
+        """Whether two integer expressions are proven equal."""
+        return bool(self.analyzer.can_prove_equal(a, b))
+
+    def _broadcast(self, arg: Any, index: Sequence[Any]) -> tuple[Any, ...]:
+        shape = shape_of(arg) or []
+        tail = index[len(index) - len(shape) :]
+        return tuple(
+            tirx.IntImm("int64", 0) if is_one(d) else i for d, i in zip(shape, tail, strict=True)
+        )
+
+    def _created(self, call: relax.Call, name: str, index: Sequence[Any]) -> Element | None:
+        if name == "arange":
+            start, _, step = call.args
+            if all(tvm.ir.is_prim_expr(a) for a in (start, step)):
+                return Index(self.analyzer.simplify(start + index[0] * step))
+        if name in ("ones", "ones_like", "zeros", "zeros_like"):
+            value: Any = int(name.startswith("ones"))
+            return Const(bool(value) if dtype_of(call) == "bool" else value)
+        if name in ("full", "full_like"):
+            fill = scalar_value(self.graph.resolve(call.args[1]))
+            return None if fill is None else Const(fill)
+        return None
+
+    def _indexed(
+        self, call: relax.Call, index: Sequence[Any], stop: Callable[[Any], bool]
+    ) -> Element | None:
+        """``index_tensor(data, (i0, i1, ...))`` with integer formulas for every axis of data."""
+        data, picks = call.args
+        picks = self.graph.resolve(picks)
+        if not isinstance(picks, relax.Tuple) or len(picks.fields) != len(shape_of(data) or ()):
+            return None
+        inner = []
+        for pick in picks.fields:
+            element = self.at(pick, self._broadcast(pick, index), stop)
+            formula = to_prim(element)
+            if formula is None:
+                return None
+            inner.append(self.analyzer.simplify(formula))
+        return self.at(data, inner, stop)
+
+
+def to_prim(element: Element) -> Any:
+    """An integer formula as one arithmetic expression, None where it is not one."""
+    if isinstance(element, Index):
+        return element.expr
+    if isinstance(element, Const) and isinstance(element.value, int):
+        return tirx.IntImm("int64", int(element.value))
+    if isinstance(element, Apply):
+        args = [to_prim(a) for a in element.args]
+        if any(a is None for a in args):
+            return None
+        if element.op == "astype" and element.dtype.startswith("int"):
+            return args[0]
+        fold = _INTEGER_OPS.get(element.op)
+        return None if fold is None else fold(*args)
+    return None
+
+
+_INTEGER_OPS: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b,
+    "subtract": lambda a, b: a - b,
+    "multiply": lambda a, b: a * b,
+    "floor_divide": tirx.floordiv,
+    "floor_mod": tirx.floormod,
+    "minimum": tirx.min,
+    "maximum": tirx.max,
+    "negative": lambda a: -a,
+}
+
+
+def _is_tensor(expr: Any) -> bool:
+    return isinstance(getattr(expr, "ty", None), relax.TensorType)
+
+
+# ---------------------------------------------------------------------------------------------
+# layout rules: (view, call, source shape, index of the result) -> index into the source, or None
+
+
+def _permute(_v: ElementView, call: relax.Call, shape: list[Any], index: list[Any]) -> Any:
+    source: list[Any] = [None] * len(shape)
+    for i, axis in zip(index, permutation(call, len(shape)), strict=True):
+        source[axis] = i
+    return source
+
+
+def _expand_dims(_v: ElementView, call: relax.Call, shape: list[Any], index: list[Any]) -> Any:
+    rank = len(index)
+    added = {axis_of(a, rank) for a in ints(call.attrs.axis)}
+    return [i for n, i in enumerate(index) if n not in added]
+
+
+def _squeeze(_v: ElementView, call: relax.Call, shape: list[Any], index: list[Any]) -> Any:
+    axes = call.attrs.axis
+    rank = len(shape)
+    gone = (
+        {n for n, d in enumerate(shape) if is_one(d)}
+        if axes is None
+        else {axis_of(a, rank) for a in ints(axes)}
+    )
+    rest = iter(index)
+    return [tirx.IntImm("int64", 0) if n in gone else next(rest) for n in range(rank)]
+
+
+def _broadcast_to(_v: ElementView, call: relax.Call, shape: list[Any], index: list[Any]) -> Any:
+    tail = index[len(index) - len(shape) :]
+    return [tirx.IntImm("int64", 0) if is_one(d) else i for d, i in zip(shape, tail, strict=True)]
+
+
+def _strided_slice(_v: ElementView, call: relax.Call, shape: list[Any], index: list[Any]) -> Any:
+    axes, begin = ints(call.args[1]), call.args[2].fields
+    strides = call.args[4].fields if len(call.args) > 4 else [1] * len(axes)
+    source = list(index)
+    for axis, b, step in zip(axes, begin, strides, strict=True):
+        first, stride = static_int(b), static_int(step)
+        if first is None or stride is None or first < 0 or stride <= 0:
+            return None
+        axis = axis_of(axis, len(shape))
+        source[axis] = index[axis] * stride + first
+    return source
+
+
+def _reshape(view: ElementView, call: relax.Call, shape: list[Any], index: list[Any]) -> Any:
+    return reshape_index(view, shape, shape_of(call) or [], index)
+
+
+def _repeat(_v: ElementView, call: relax.Call, shape: list[Any], index: list[Any]) -> Any:
+    if call.attrs.axis is None:
+        return None
+    axis = axis_of(call.attrs.axis, len(shape))
+    source = list(index)
+    source[axis] = tirx.floordiv(index[axis], int(call.attrs.repeats))
+    return source
+
+
+_LAYOUT: dict[str, Callable[..., Any]] = {
+    "permute_dims": _permute,
+    "expand_dims": _expand_dims,
+    "squeeze": _squeeze,
+    "broadcast_to": _broadcast_to,
+    "strided_slice": _strided_slice,
+    "reshape": _reshape,
+    "flatten": _reshape,
+    "repeat": _repeat,
+}
+
+
+def reshape_index(
+    view: ElementView, source: Sequence[Any], result: Sequence[Any], index: Sequence[Any]
+) -> list[Any] | None:
+    """The index into ``source`` of the element at ``index`` of its reshape to ``result``.
+
+    Both shapes are cut into the shortest groups of equal size, so that dimensions which a reshape
+    leaves alone stay single variables, also when they are symbolic.
+    """
+    groups = reshape_groups(view.analyzer, source, result)
+    if groups is None:
+        return None
+    zero = tirx.IntImm("int64", 0)
+    out: list[Any] = [zero] * len(source)
+    for ours, theirs in groups:
+        ours = [n for n in ours if not is_one(source[n])]
+        theirs = [n for n in theirs if not is_one(result[n])]
+        if len(ours) == 1 and len(theirs) == 1:
+            out[ours[0]] = index[theirs[0]]
+            continue
+        flat: Any = zero
+        for n in theirs:
+            flat = flat * result[n] + index[n]
+        for n in reversed(ours):
+            out[n] = flat if n == ours[0] else tirx.floormod(flat, source[n])
+            flat = tirx.floordiv(flat, source[n])
+    return out
+
+
+def reshape_groups(
+    analyzer: Any, source: Sequence[Any], result: Sequence[Any]
+) -> list[tuple[list[int], list[int]]] | None:
+    """Cut two shapes of equal size into minimal groups of axes of equal size; None if not
+    possible.
+    """
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(source) or j < len(result):
+        ours, theirs = [], []
+        if i < len(source):
+            ours.append(i)
+            i += 1
+        if j < len(result):
+            theirs.append(j)
+            j += 1
+        a: Any = source[ours[0]] if ours else 1
+        b: Any = result[theirs[0]] if theirs else 1
+        while not _equal(analyzer, a, b):
+            # Extend the side that is a smaller product; with symbols, the one that still divides.
+            if j < len(result) and (i >= len(source) or _smaller(analyzer, b, a)):
+                theirs.append(j)
+                b = b * result[j]
+                j += 1
+            elif i < len(source):
+                ours.append(i)
+                a = a * source[i]
+                i += 1
+            elif j < len(result):
+                theirs.append(j)
+                b = b * result[j]
+                j += 1
+            else:
+                return None
+        groups.append((ours, theirs))
+    return groups
+
+
+def _equal(analyzer: Any, a: Any, b: Any) -> bool:
+    if static_int(a) is not None and static_int(b) is not None:
+        return static_int(a) == static_int(b)
+    return bool(analyzer.can_prove_equal(a, b))
+
+
+def _smaller(analyzer: Any, a: Any, b: Any) -> bool:
+    x, y = static_int(a), static_int(b)
+    if x is not None and y is not None:
+        return x < y
+    if x is not None:
+        # A symbolic length against a number: the number's side is the one with factors missing.
+        return True
+    if y is not None:
+        return False
+    return bool(analyzer.can_prove(tirx.LT(a, b)))

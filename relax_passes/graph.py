@@ -1,0 +1,145 @@
+"""Small helpers to read a Relax function: bindings, users, shapes, scalar constants."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.ir import GenericConst, Op
+
+
+def op_name(expr: Any) -> str:
+    """``"add"`` for ``relax.add``, ``"nn.softmax"`` for ``relax.nn.softmax``, ``""`` for no op
+    call.
+    """
+    if isinstance(expr, relax.Call) and isinstance(expr.op, Op):
+        return str(expr.op.name).removeprefix("relax.")
+    return ""
+
+
+def shape_of(expr: Any) -> list[Any] | None:
+    """The dimensions of a tensor expression, None if they are not known one by one."""
+    ty = expr.ty
+    if not isinstance(ty, relax.TensorType) or not isinstance(ty.shape, relax.ShapeExpr):
+        return None
+    return list(ty.shape.values)
+
+
+def dtype_of(expr: Any) -> str:
+    """The dtype of a tensor expression, as text."""
+    return str(expr.ty.dtype.dtype)
+
+
+def is_float(dtype: str) -> bool:
+    return dtype.startswith(("float", "bfloat"))
+
+
+def static_int(dim: Any) -> int | None:
+    """The value of a dimension known now, else None."""
+    if isinstance(dim, int):
+        return dim
+    return int(dim.value) if isinstance(dim, tvm.tirx.IntImm) else None
+
+
+def is_one(dim: Any) -> bool:
+    return static_int(dim) == 1
+
+
+def scalar_value(expr: Any) -> float | int | bool | None:
+    """The value of a one-element constant, else None."""
+    if isinstance(expr, GenericConst) and isinstance(expr.ty, relax.TensorType):
+        array = expr.value.numpy()
+        if array.size == 1:
+            return array.reshape(()).item()
+    if isinstance(expr, tvm.tirx.IntImm | tvm.tirx.FloatImm):
+        return expr.value
+    return None
+
+
+def ints(attr: Any) -> list[int]:
+    """An integer-list attribute or tuple argument as Python ints."""
+    fields = attr.fields if isinstance(attr, relax.Tuple) else attr
+    return [int(v.value) if hasattr(v, "value") else int(v) for v in fields]
+
+
+def axis_of(attr: Any, rank: int) -> int:
+    """An axis attribute, made non-negative."""
+    axis = int(attr)
+    return axis + rank if axis < 0 else axis
+
+
+def permutation(call: relax.Call, rank: int) -> list[int]:
+    """The axes of a permute_dims call (None means reversed)."""
+    axes = call.attrs.axes
+    return list(reversed(range(rank))) if axes is None else [axis_of(a, rank) for a in axes]
+
+
+class Graph:
+    """Bindings of one Relax function in order, what each variable is bound to, and who reads it.
+
+    Only straight-line functions are described: ``If`` and nested functions stay opaque values.
+    """
+
+    def __init__(self, func: relax.Function) -> None:
+        self.func = func
+        self.bindings: list[relax.VarBinding] = []
+        self.value: dict[Any, Any] = {}
+        self.users: dict[Any, list[Any]] = defaultdict(list)
+        for block in func.body.blocks:
+            for binding in block.bindings:
+                self.bindings.append(binding)
+                value = binding.value
+                self.value[binding.var] = value
+                for var in _reads(value):
+                    self.users[var].append(binding.var)
+        self.outputs = set(_reads(func.body.body))
+
+    def resolve(self, expr: Any) -> Any:
+        """What a variable is bound to, looking through plain aliases; other expressions
+        unchanged.
+        """
+        while expr in self.value:
+            bound = self.value[expr]
+            if isinstance(bound, relax.Var):
+                expr = bound
+                continue
+            if isinstance(bound, relax.TupleGetItem):
+                source = self.value.get(bound.tuple_value, bound.tuple_value)
+                if isinstance(source, relax.Tuple):
+                    expr = source.fields[bound.index]
+                    continue
+            return bound
+        return expr
+
+    def live(self) -> set[Any]:
+        """The variables that the function's result depends on."""
+        seen: set[Any] = set()
+        stack = list(self.outputs)
+        while stack:
+            var = stack.pop()
+            if var in seen:
+                continue
+            seen.add(var)
+            if var in self.value:
+                stack.extend(_reads(self.value[var]))
+        return seen
+
+
+def _reads(expr: Any) -> Iterator[Any]:
+    """The Relax variables an expression names."""
+    if isinstance(expr, relax.Var):
+        if not tvm.ir.is_prim_var(expr):
+            yield expr
+    elif isinstance(expr, relax.Call):
+        for arg in expr.args:
+            yield from _reads(arg)
+    elif isinstance(expr, relax.Tuple):
+        for item in expr.fields:
+            yield from _reads(item)
+    elif isinstance(expr, relax.TupleGetItem):
+        yield from _reads(expr.tuple_value)
+    elif isinstance(expr, relax.If | relax.Function | relax.SeqExpr):
+        yield from relax.analysis.free_vars(expr)

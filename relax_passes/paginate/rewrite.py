@@ -1,0 +1,292 @@
+"""Build one stateful function from the stateless graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from relax_passes.attention_site import AttentionSite, Operand
+from relax_passes.graph import dtype_of, op_name, shape_of, static_int
+from relax_passes.paginate.backends import Backend
+from relax_passes.paginate.emitter import Emitter
+from relax_passes.paginate.tokenwise import PaginateError, TokenAxes
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The shapes of one function.
+
+    ``tokens`` is the number of tokens fed, ``rows`` the number of tokens whose logits are wanted.
+    ``pick`` says which: "all" of them, the "last" one, or those at the argument "logit_positions".
+    """
+
+    name: str
+    ids_shape: tuple[Any, ...]
+    tokens: Any
+    rows: Any
+    logits_shape: tuple[Any, ...]
+    pick: str
+    upper_bounds: dict[str, int]
+
+
+def signatures(chunk: int, batch: int) -> list[Signature]:
+    """prefill, decode, batch_prefill, batch_decode; bounds are for memory planning."""
+
+    def var(name: str) -> Any:
+        return tvm.tirx.Var(name, "int64")
+
+    n, m, rows, b = var("n"), var("n"), var("b"), var("b")
+    return [
+        Signature("prefill", (1, n), n, 1, (1, 1), "last", {"n": chunk}),
+        Signature("decode", (1, 1), 1, 1, (1, 1), "all", {}),
+        Signature(
+            "batch_prefill", (1, m), m, rows, (1, rows), "positions", {"n": chunk, "b": batch}
+        ),
+        Signature("batch_decode", (b, 1), b, b, (b, 1), "all", {"b": batch}),
+    ]
+
+
+class FunctionWriter:
+    """Copies the stateless graph into one function of the paginated module.
+
+    Values after the last attention are only computed for the rows whose logits are wanted: every
+    value that crosses from before the last attention to after it is cut to those rows.
+    """
+
+    def __init__(
+        self,
+        axes: TokenAxes,
+        sites: Sequence[AttentionSite],
+        backend: Backend,
+        token_input: Any,
+        position_inputs: Sequence[Any],
+        one_inputs: Sequence[Any],
+        weights: Sequence[Any],
+    ) -> None:
+        self.axes = axes
+        self.graph = axes.graph
+        self.layer_of = {site.out.tensor: n for n, site in enumerate(sites) if site.out}
+        self.sites = sites
+        self.backend = backend
+        self.token_input = token_input
+        self.position_inputs = list(position_inputs)
+        self.one_inputs = list(one_inputs)
+        self.weights = list(weights)
+        self.late = self._after_last_site()
+        self.result = self._result()
+
+    def _after_last_site(self) -> set[Any]:
+        """The values that depend on the last attention."""
+        if not self.sites or self.sites[-1].out is None:
+            raise PaginateError("the function has no attention.")
+        late = {self.sites[-1].out.tensor}
+        for var in self.axes.order:
+            if any(v in late for v in _direct(self.axes, var)):
+                late.add(var)
+        return late
+
+    def _result(self) -> Any:
+        """The one tensor [1, S, V] the graph returns."""
+        body: Any = self.graph.func.body.body
+        seen = self.graph.resolve(body)
+        while isinstance(seen, relax.Tuple):
+            if len(seen.fields) != 1:
+                raise PaginateError(
+                    f"the function returns {len(seen.fields)} values; accepted is one, the logits."
+                )
+            body = seen.fields[0]
+            seen = self.graph.resolve(body)
+        if not isinstance(body, relax.Var) or len(shape_of(body) or ()) != 3:
+            raise PaginateError("the function does not return logits of shape [1, S, V].")
+        if self.axes.axis[body] != 1:
+            raise PaginateError("the logits do not have their tokens along axis 1.")
+        if body not in self.late:
+            raise PaginateError("the logits do not depend on the last attention.")
+        return body
+
+    # -- one function ----------------------------------------------------------------------
+
+    def write(self, builder: relax.BlockBuilder, signature: Signature) -> None:
+        """Add the function ``signature`` describes to ``builder``."""
+        ids = relax.Var("input_ids", relax.TensorType(signature.ids_shape, "int32"))
+        cache = relax.Var("kv_cache", relax.AnyType())
+        packed = relax.Var("params", relax.TupleType([w.ty for w in self.weights]))
+        inputs = [ids]
+        if signature.pick == "positions":
+            inputs.append(
+                relax.Var("logit_positions", relax.TensorType((signature.rows,), "int32"))
+            )
+        attrs: dict[str, Any] = {"num_input": len(inputs) + 1}
+        if signature.upper_bounds:
+            attrs["tir_var_upper_bound"] = signature.upper_bounds
+        with builder.function(signature.name, [*inputs, cache, packed], attrs):
+            with builder.dataflow():
+                body = _Body(self, signature, Emitter(builder), inputs, cache, packed)
+                logits = body.value(self.result, late=True)
+                logits = body.emit.astype(logits, "float32")
+                vocab = (shape_of(self.result) or [])[2]
+                logits = body.emit.reshape(logits, [*signature.logits_shape, vocab])
+                out = builder.emit_output(logits)
+            builder.emit_func_output(out)
+
+
+def _direct(axes: TokenAxes, var: Any) -> list[Any]:
+    """The variables a needed variable is computed from, a site counting as one operator."""
+    from relax_passes.paginate.tokenwise import _variables
+
+    site = axes.site_of.get(var)
+    if site is not None:
+        return [o.tensor for o in (site.q, site.k, site.v) if o is not None]
+    return _variables(axes.graph.value[var])
+
+
+class _Body:
+    """The values of one function, emitted on demand in program order."""
+
+    def __init__(
+        self,
+        writer: FunctionWriter,
+        signature: Signature,
+        emit: Emitter,
+        inputs: list[Any],
+        cache: Any,
+        packed: Any,
+    ) -> None:
+        self.writer, self.signature, self.emit, self.cache = writer, signature, emit, cache
+        self.inputs = inputs
+        self.env: dict[Any, Any] = {}
+        self.cut: dict[Any, Any] = {}
+        used = {v for var in writer.axes.order for v in _direct(writer.axes, var)}
+        for n, weight in enumerate(writer.weights):
+            if weight in used:
+                self.env[weight] = emit.emit(relax.TupleGetItem(packed, n))
+        token = writer.token_input
+        flat = emit.reshape(inputs[0], [1, signature.tokens])
+        self.env[token] = emit.astype(flat, dtype_of(token))
+        self._positions: Any = None
+        for var in writer.position_inputs:
+            shape = [self._dim(d, signature.tokens) for d in shape_of(var) or []]
+            positions = emit.reshape(self.positions(), shape)
+            self.env[var] = emit.astype(positions, dtype_of(var))
+        for var in writer.one_inputs:
+            shape = [self._dim(d, signature.tokens) for d in shape_of(var) or []]
+            self.env[var] = emit.emit(relax.op.ones(shape, dtype_of(var)))
+        for var in writer.axes.order:
+            self.env[var] = self._emit(var)
+
+    def value(self, var: Any, *, late: bool) -> Any:
+        """What ``var`` became; cut to the wanted rows for a reader after the last attention."""
+        found = self.env[var]
+        if not late or var in self.writer.late:
+            return found
+        axis = self.writer.axes.axis.get(var)
+        if axis is None:
+            return found
+        if var not in self.cut:
+            self.cut[var] = self._pick(found, axis)
+        return self.cut[var]
+
+    def positions(self) -> Any:
+        """int32 [tokens]: where each token stands in its own sequence."""
+        if self._positions is None:
+            self._positions = self.emit.emit(
+                relax.call_pure_packed(
+                    "vm.builtin.attention_kv_cache_get_query_positions",
+                    self.cache,
+                    ty_args=relax.TensorType((self.signature.tokens,), "int32"),
+                )
+            )
+        return self._positions
+
+    def _pick(self, x: Any, axis: int) -> Any:
+        signature = self.signature
+        if signature.pick == "all":
+            return x
+        if signature.pick == "last":
+            last = signature.tokens - 1
+            return self.emit.emit(
+                relax.op.strided_slice(x, [axis], [last], [signature.tokens], assume_inbound=True)
+            )
+        return self.emit.emit(relax.op.take(x, self.inputs[1], axis=axis, mode="fast"))
+
+    def _emit(self, var: Any) -> Any:
+        axes = self.writer.axes
+        site = axes.site_of.get(var)
+        if site is not None:
+            return self._site(site, self.writer.layer_of[var], late=var in self.writer.late)
+        if var in axes.positions:
+            # An arange over the tokens numbers them: the cache knows where they really stand.
+            numbers = self.emit.astype(self.positions(), dtype_of(var))
+            offset = axes.positions[var]
+            if offset:
+                numbers = self.emit.emit(relax.op.add(numbers, relax.const(offset, dtype_of(var))))
+            return numbers
+        late = var in self.writer.late
+        count = self.signature.rows if late else self.signature.tokens
+        return self.emit.emit(self._copy(axes.graph.value[var], late, count))
+
+    def _copy(self, expr: Any, late: bool, count: Any) -> Any:
+        """``expr`` with its variables replaced and the sequence length turned into ``count``."""
+        if isinstance(expr, relax.Var):
+            if tvm.ir.is_prim_var(expr):
+                return self._dim(expr, count)
+            return self.value(expr, late=late)
+        if isinstance(expr, relax.Call):
+            if op_name(expr) == "strided_slice":
+                return self._slice(expr, late, count)
+            args = [self._copy(a, late, count) for a in expr.args]
+            return relax.Call(expr.op, args, expr.attrs, expr.ty_args)
+        if isinstance(expr, relax.Tuple):
+            return relax.Tuple([self._copy(f, late, count) for f in expr.fields])
+        if isinstance(expr, relax.TupleGetItem):
+            return relax.TupleGetItem(self._copy(expr.tuple_value, late, count), expr.index)
+        if isinstance(expr, relax.ShapeExpr):
+            return relax.ShapeExpr([self._dim(d, count) for d in expr.values])
+        if tvm.ir.is_prim_expr(expr):
+            return self._dim(expr, count)
+        return expr
+
+    def _slice(self, call: relax.Call, late: bool, count: Any) -> Any:
+        args = [self._copy(call.args[0], late, count), *call.args[1:]]
+        ends = [self._dim(e, count) for e in call.args[3].fields]
+        args[3] = relax.Tuple([relax.prim_value(e) for e in ends])
+        return relax.Call(call.op, args, call.attrs, call.ty_args)
+
+    def _dim(self, dim: Any, count: Any) -> Any:
+        if static_int(dim) is not None:
+            return dim
+        if self.writer.axes.is_length(dim):
+            return count
+        raise PaginateError(f"the graph computes with the sequence length ({dim}).")
+
+    def _site(self, site: AttentionSite, layer: int, *, late: bool) -> Any:
+        assert site.q and site.k and site.v and site.out
+        q, k, v = (self._token_major(o) for o in (site.q, site.k, site.v))
+        out = self.writer.backend.attention(
+            self.emit, self.cache, layer, float(site.scale), q, k, v
+        )
+        tokens = self.signature.tokens
+        if late:
+            out, tokens = self._pick(out, 0), self.signature.rows
+        return self._from_token_major(out, site.out, tokens)
+
+    def _token_major(self, operand: Operand) -> Any:
+        """[tokens, heads, elements], whatever order the graph has the axes in."""
+        x = self.env[operand.tensor]
+        lead = [operand.token, operand.head, operand.dim]
+        rest = [n for n in range(len(shape_of(operand.tensor) or ())) if n not in lead]
+        x = self.emit.permute(x, [*rest, *lead])
+        return self.emit.reshape(x, [self.signature.tokens, operand.heads, operand.head_dim])
+
+    def _from_token_major(self, x: Any, out: Operand, tokens: Any) -> Any:
+        rank = len(shape_of(out.tensor) or ())
+        lead = [out.token, out.head, out.dim]
+        order = [*(n for n in range(rank) if n not in lead), *lead]
+        x = self.emit.reshape(x, [1] * (rank - 3) + [tokens, out.heads, out.head_dim])
+        x = self.emit.permute(x, [order.index(n) for n in range(rank)])
+        dtype = dtype_of(out.tensor)
+        return self.emit.astype(x, dtype)
