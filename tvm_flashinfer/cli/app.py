@@ -61,7 +61,11 @@ def is_user_mistake(error: Exception) -> bool:
     if isinstance(error, UserError | LibraryError):
         return True
     # Only what is loaded already can have raised: don't import the compiler to find out.
-    names = {"relax_passes.importer": "CheckpointError", "relax_passes.pipeline": "CompileError"}
+    names = {
+        "tvm_flashinfer.jit": "CompilerError",
+        "relax_passes.importer": "CheckpointError",
+        "relax_passes.pipeline": "CompileError",
+    }
     kinds = (getattr(sys.modules.get(module), name, None) for module, name in names.items())
     return any(isinstance(error, kind) for kind in kinds if kind is not None)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -48,6 +47,8 @@ class Chat:
         self._conversation = conversation
         self._params = params
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self._reading = False
+        self._stop = False
 
     def run(self) -> None:
         """Answers until /exit or the end of the input."""
@@ -59,19 +60,33 @@ class Chat:
             screen.print(
                 f"[dim]{model}, {self._engine.manifest.attention}; /help lists commands[/]"
             )
-        while (line := self._read()) is not None:
-            text = line.strip()
-            if text in ("/exit", "/quit"):
-                return
-            if text.startswith("/"):
-                self._command(text)
-            elif text:
-                self._answer(text)
+        before = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            while (line := self._read()) is not None:
+                text = line.strip()
+                if text in ("/exit", "/quit"):
+                    return
+                if text.startswith("/"):
+                    self._command(text)
+                elif text:
+                    self._answer(text)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-C: ends a line that is being typed, or asks the answer to stop.
+
+        The latter only by a flag: an exception could strike in the middle of a forward pass.
+        """
+        self._stop = True
+        if self._reading:
+            raise KeyboardInterrupt
 
     def _read(self) -> str | None:
         """The next line, or None at the end of the input."""
         while True:
             try:
+                self._reading = True
                 return input("> " if self._interactive else "")
             except EOFError:
                 if self._interactive:
@@ -82,6 +97,8 @@ class Chat:
                     return None
                 print()
                 screen.print("[dim]/exit or Ctrl-D leaves[/]")
+            finally:
+                self._reading = self._stop = False
 
     def _command(self, text: str) -> None:
         if text == "/help":
@@ -108,7 +125,7 @@ class Chat:
             return
         reason = None
         shown = False
-        with contextlib.closing(stream), _ctrl_c() as pressed:
+        with contextlib.closing(stream):
             for delta in stream:
                 # Many models begin an answer with a space, which belongs to the template.
                 piece = delta.text if shown else delta.text.lstrip()
@@ -116,7 +133,7 @@ class Chat:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
                 reason = delta.finish_reason
-                if pressed:
+                if self._stop:
                     break
         print(" [stopped]" if reason is None else "")
         if reason == "context":
@@ -129,18 +146,3 @@ class Chat:
                 f"The answer was cut at {self._params.max_tokens} tokens (--max-tokens).",
                 markup=False,
             )
-
-
-@contextlib.contextmanager
-def _ctrl_c() -> Iterator[list[int]]:
-    """Collects Ctrl-C instead of raising it in the middle of a forward pass."""
-    pressed: list[int] = []
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        pressed.append(number)
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

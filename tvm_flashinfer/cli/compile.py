@@ -16,9 +16,10 @@ from typing import Any
 
 from .. import __version__
 from ..errors import UserError
+from ..jit import find_compiler
 from ..manifest import LIBRARY, MANIFEST, WEIGHTS, Generation, Manifest
 
-__all__ = ["Options", "compile_checkpoint", "find_compiler", "inspect_checkpoint"]
+__all__ = ["Options", "compile_checkpoint", "inspect_checkpoint"]
 
 # Called with the name of each stage as it begins.
 Progress = Callable[[str], None]
@@ -43,27 +44,20 @@ def compile_checkpoint(
 
     Raises
     ------
-    UserError, or CheckpointError and CompileError of relax_passes
-        If the checkpoint, the target or the output directory can't be used, or no C++ compiler
-        is found.
+    UserError, CompilerError, or CheckpointError and CompileError of relax_passes
+        If the output directory can't be used, no C++ compiler is found, or the checkpoint or an
+        option can't be used.
     """
-    _check_checkpoint(checkpoint)
     _check_output(output)
-    if find_compiler() is None:
-        raise UserError(
-            "No C++ compiler was found; install one (Debian and Ubuntu: apt install g++), "
-            "or name it in the environment variable CXX."
-        )
+    find_compiler()
     progress("load the compiler")
-    _need_torch()
-    from relax_passes.pipeline import compile_causal_lm, resolve_target
-
     from relax_passes.importer import import_causal_lm
+    from relax_passes.pipeline import compile_causal_lm, resolve_target
 
     from .._library import load
 
     load()
-    resolve_target(options.target)
+    resolve_target(options.target)  # a wrong one is told before the checkpoint is imported
     progress("import the checkpoint")
     imported = import_causal_lm(checkpoint, dtype=options.dtype)
     compiled = compile_causal_lm(
@@ -83,34 +77,12 @@ def inspect_checkpoint(
     checkpoint: Path, dtype: str | None, progress: Progress
 ) -> Mapping[str, Any]:
     """What the pass finds in ``checkpoint``: ``{"sites": [...], "refusals": [...]}``."""
-    _check_checkpoint(checkpoint)
     progress("load the compiler")
-    _need_torch()
     from relax_passes.pipeline import inspect_causal_lm
 
     progress("import the checkpoint")
     report: Mapping[str, Any] = inspect_causal_lm(checkpoint, dtype=dtype).as_dict()
     return report
-
-
-def find_compiler() -> str | None:
-    """The C++ compiler that TVM and tvm-ffi will call, or None."""
-    if named := os.environ.get("CXX"):
-        return shutil.which(named)
-    # tvm-ffi calls c++, TVM's linker step the first of a list that begins with g++.
-    return shutil.which("c++")
-
-
-def _check_checkpoint(checkpoint: Path) -> None:
-    if not checkpoint.exists():
-        raise UserError(
-            f"{checkpoint} doesn't exist; a local Hugging Face model directory is needed."
-        )
-    if not checkpoint.is_dir():
-        raise UserError(f"{checkpoint} is a file; a Hugging Face model directory is needed.")
-    if not (checkpoint / "config.json").is_file():
-        compiled = " It is a compiled model already." if (checkpoint / MANIFEST).is_file() else ""
-        raise UserError(f"{checkpoint} is not a checkpoint: it has no config.json.{compiled}")
 
 
 def _check_output(output: Path) -> None:
@@ -126,17 +98,6 @@ def _check_output(output: Path) -> None:
         parent = parent.parent
     if not os.access(parent, os.W_OK):
         raise UserError(f"The output {output} can't be written: no permission in {parent}.")
-
-
-def _need_torch() -> None:
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"Importing a checkpoint needs PyTorch and transformers ({error}); "
-            "install them with: pip install 'tvm-flashinfer[torch]'"
-        ) from error
 
 
 def _write(compiled: Any, checkpoint: Path, output: Path) -> Manifest:

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__, _library
-from .compile import find_compiler
+from ..jit import CompilerError, cache_dir, find_compiler
 from .output import screen
 
 __all__ = ["Finding", "examine", "print_findings"]
@@ -106,18 +106,15 @@ def _our_library() -> Iterator[Finding]:
 
 
 def _compilers() -> Iterator[Finding]:
-    compiler = find_compiler()
-    if compiler is None:
-        named = os.environ.get("CXX")
-        value = f"CXX={named} is not a program" if named else "not found"
-        advice = "install one (Debian and Ubuntu: apt install g++), or set CXX"
-        yield Finding("C++ compiler", "broken", value, advice)
+    try:
+        compiler = find_compiler()
+    except CompilerError as error:
+        yield Finding("C++ compiler", "broken", "not found", str(error))
     else:
         yield Finding("C++ compiler", "ok", f"{compiler}: {_first_line([compiler, '--version'])}")
-    ninja = shutil.which("ninja")
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     if ninja is None:
-        advice = "install it: pip install ninja, and put its folder on PATH"
-        yield Finding("ninja", "broken", "not on PATH", advice)
+        yield Finding("ninja", "broken", "not found", "install it: pip install ninja")
     else:
         yield Finding("ninja", "ok", f"{ninja}: {_first_line([ninja, '--version'])}")
     nvcc = _nvcc()
@@ -199,7 +196,7 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _kernel_cache() -> Iterator[Finding]:
-    folder = Path(os.environ.get("TVM_FFI_CACHE_DIR", "~/.cache/tvm-ffi")).expanduser()
+    folder = cache_dir()
     parent = folder
     while not parent.exists():
         parent = parent.parent

@@ -1,0 +1,94 @@
+"""The benchmark harness: its JSON, its table, its charts, and a small run of suite generate."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tvm_flashinfer.bench import SUITES, Context, Report, Row
+from tvm_flashinfer.bench.machine import describe, matmul_rate, read_bandwidth, versions
+from tvm_flashinfer.bench.suites import load_suite
+
+ROWS = [
+    Row("s", "small", "latency", "ms", "lower", 2.0, 1.0, {"peer": 6.0}, 9),
+    Row("s", "large", "latency", "ms", "lower", 8.0, None, {}, 9),
+    Row("s", "small", "rate", "tokens/s", "higher", 50.0, 100.0, {"peer": 10.0}, 3),
+]
+
+
+def test_ratios_say_how_many_times_better_ours_is() -> None:
+    assert ROWS[0].ratio(6.0) == 3
+    assert ROWS[2].ratio(10.0) == 5
+    assert ROWS[0].ratio(1.0) == ROWS[2].ratio(100.0) == 0.5
+
+
+def test_a_report_is_one_object_and_a_table() -> None:
+    report = Report(describe(2), versions(), ROWS, {"other": "it isn't installed"})
+    value = json.loads(json.dumps(report.as_dict()))
+    assert set(value) == {"machine", "versions", "rows", "skipped"}
+    keys = ("suite", "case", "metric", "unit", "better", "ours", "floor", "peers", "samples")
+    assert tuple(value["rows"][0]) == keys
+    assert value["versions"]["apache-tvm"]
+    text = io.StringIO()
+    report.print(Console(file=text, width=120))
+    for part in ("2 ", "1 (50%)", "peer 6 (3.0x)", "peer 10 (5.0x)", "skipped other: it isn't"):
+        assert part in text.getvalue()
+
+
+def test_charts(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from tvm_flashinfer.bench.plot import draw
+
+    files = draw(Report({}, {}, ROWS), tmp_path / "plots")
+    assert [file.name for file in files] == ["s-latency.png", "s-rate.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_rates_are_plausible() -> None:
+    assert 1e8 < read_bandwidth(1, megabytes=32) < 1e12
+    assert 1e8 < matmul_rate(256) < 1e14
+
+
+def test_every_suite_that_is_listed_exists() -> None:
+    for name in SUITES:
+        assert callable(load_suite(name).run)
+
+
+def test_suite_generate_on_a_small_model(tmp_path: Path) -> None:
+    from tvm_flashinfer.bench.generate import Shape, run
+    from tvm_flashinfer.cli.bench import _compile
+
+    report = Report({}, {})
+    context = Context(report, lambda stage: None, _compile, tmp_path, "cpu", 1)
+    shape = Shape(
+        layers=2,
+        hidden=128,
+        heads=4,
+        kv_heads=2,
+        intermediate=192,
+        vocab=512,
+        context=96,
+        prefill=(32, 64),
+        peer_prefill_limit=32,
+    )
+    run(context, shape)
+    rows = {(row.case.split(", ")[1], row.metric): row for row in report.rows}
+    assert set(rows) == {
+        ("prompt 32", "prefill"),
+        ("prompt 64", "prefill"),
+        ("context 96", "inter-token latency"),
+        ("context 96", "attention in a step"),
+        ("context 96", "attention's share of a step"),
+    }
+    for row in report.rows:
+        assert row.ours > 0
+        assert all(value > 0 for value in row.peers.values())
+    assert rows["prompt 32", "prefill"].peers
+    assert not rows["prompt 64", "prefill"].peers
+    assert len(report.skipped) == 1
+    share = rows["context 96", "attention's share of a step"]
+    assert 0 < share.ours < 100
