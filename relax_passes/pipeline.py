@@ -266,8 +266,17 @@ def lower_pipeline(target: tvm.target.Target) -> tvm.transform.Pass:
             transform.FuseOps(),
             transform.FuseTIR(),
             transform.DeadCodeElimination(),
-            *relax.backend.cpu_generic.dataflow_lower_passes(target),
-            *relax.backend.cpu_generic.finalize_passes(target),
+            transform.RewriteDataflowReshape(),
+            transform.ToNonDataflow(),
+            transform.RemovePurityChecking(),
+            transform.CallTIRRewrite(),
+            transform.StaticPlanBlockMemory(),
+            transform.LowerAllocTensor(),
+            transform.KillAfterLastUse(),
+            transform.LowerRuntimeBuiltin(),
+            transform.ComputePrimValue(),
+            transform.VMShapeLower(),
+            transform.AttachGlobalSymbol(),
         ]
     )
 
