@@ -31,7 +31,7 @@ template <typename TQ, typename TKV, int kDimQK, int kDimVO, typename Variant>
 struct Attention {
   //! Up to here vectors along the head waste fewer lanes than vectors along rows.
   static constexpr int kMaxFewRows = 8;
-  static constexpr int kPrefillRows = 64;
+  static constexpr int kPrefillRows = 128;
   using Many = ManyRows<TQ, TKV, kDimQK, kDimVO, Variant>;
 
   static int64_t ScratchBytes(int32_t max_rows) {

@@ -2,8 +2,9 @@
 //
 // The CPU path for few packed rows (decode): lanes are elements of the head.
 //
-// Every byte of K and V is read once, in vectors, against all rows of the tile, so the path is
-// bound by memory traffic; the rows of the next block are prefetched while one is computed.
+// Every byte of K and V is read from memory once, in vectors, against all rows of the tile, so the
+// path is bound by memory traffic. The next block is prefetched while one is computed, line by line
+// in address order: the hardware's own prefetchers follow ascending lines only.
 #ifndef TVM_FLASHINFER_CPU_FEW_ROWS_H_
 #define TVM_FLASHINFER_CPU_FEW_ROWS_H_
 
@@ -32,12 +33,16 @@ class FewRows {
   static constexpr int kPaddedQK = Padded(kDimQK);
   static constexpr int kPaddedVO = Padded(kDimVO);
   //! Accumulators that leave registers for operands.
-  static constexpr int kAccumulators = kRegisters == 32 ? 24 : 8;
-  static constexpr int kTokens = kAccumulators / kRows >= 8   ? 8
-                                 : kAccumulators / kRows >= 4 ? 4
-                                 : kAccumulators / kRows >= 2 ? 2
-                                                              : 1;
-  static constexpr int kVectors = kAccumulators / kRows > 0 ? kAccumulators / kRows : 1;
+  static constexpr int kAccumulators = kRegisters == 32 ? 16 : 8;
+  //! Rows of one register block: more would leave it one token wide and starved for loads.
+  static constexpr int kGroups = (kRows + 3) / 4;
+  static constexpr int kGroupRows = (kRows + kGroups - 1) / kGroups;
+  static constexpr int kTokens = kAccumulators / kGroupRows >= 8   ? 8
+                                 : kAccumulators / kGroupRows >= 4 ? 4
+                                                                   : 2;
+  static constexpr int kVectors = kTokens;
+  //! Elements of a cache line.
+  static constexpr int kLine = 64 / static_cast<int>(sizeof(TKV));
   static_assert(kBlockKV % kTokens == 0 && kBlockKV % kLanes == 0, "blocks hold whole vectors");
 
   FewRows(const AttentionParams& p, const WorkItem& item, float* scratch)
@@ -113,29 +118,41 @@ class FewRows {
     return v;
   }
 
+  /*! Prefetch the `line`-th cache line of a block, counted row after row. */
   template <int kDim>
-  static void PrefetchRow(const TKV* row) {
-    constexpr int kLine = 64 / static_cast<int>(sizeof(TKV));
-    for (int d = 0; d < kDim; d += kLine) Prefetch(row + d);
+  static void PrefetchLine(const TKV* const* rows, int line) {
+    constexpr int kRowLines = (kDim + kLine - 1) / kLine;
+    Prefetch(rows[line / kRowLines] + line % kRowLines * kLine);
   }
 
   /*! S[row][n] = Q[row] . K[n] */
   void Scores(const TKV* const* k, const TKV* const* next) {
     for (int n = 0; n < kBlockKV; n += kTokens) {
-      VFloat acc[kTokens][kRows] = {};
-      for (int t = 0; t < kTokens; ++t) PrefetchRow<kDimQK>(next[n + t]);
+      ScoreRows<0, kGroupRows>(k, next, n);
+      if constexpr (kGroups > 1) ScoreRows<kGroupRows, kRows - kGroupRows>(k, next, n);
+    }
+  }
+
+  template <int kFirst, int kCount>
+  void ScoreRows(const TKV* const* k, const TKV* const* next, int n) {
+    VFloat acc[kTokens][kCount] = {};
 #pragma GCC unroll 4
-      for (int d = 0; d < kPaddedQK; d += kLanes) {
-        VFloat key[kTokens];
-        for (int t = 0; t < kTokens; ++t) key[t] = LoadRow<kDimQK>(k[n + t], d);
-        for (int r = 0; r < kRows; ++r) {
-          const VFloat query = Load(q_ + r * kPaddedQK + d);
-          for (int t = 0; t < kTokens; ++t) acc[t][r] += key[t] * query;
+    for (int d = 0; d < kPaddedQK; d += kLanes) {
+      if (kFirst == 0 && d % kLine == 0) {
+        for (int t = 0; t < kTokens; ++t) {
+          PrefetchLine<kDimQK>(next + n, d / kLine * kTokens + t);
         }
       }
-      for (int r = 0; r < kRows; ++r) {
-        for (int t = 0; t < kTokens; ++t) s_[r * kBlockKV + n + t] = ReduceAdd(acc[t][r]);
+      VFloat key[kTokens];
+      for (int t = 0; t < kTokens; ++t) key[t] = LoadRow<kDimQK>(k[n + t], d);
+      for (int r = 0; r < kCount; ++r) {
+        const VFloat query = Load(q_ + (kFirst + r) * kPaddedQK + d);
+        for (int t = 0; t < kTokens; ++t) acc[t][r] += key[t] * query;
       }
+    }
+    for (int r = 0; r < kCount; ++r) {
+      float* s = s_ + (kFirst + r) * kBlockKV + n;
+      for (int t = 0; t < kTokens; ++t) s[t] = ReduceAdd(acc[t][r]);
     }
   }
 
@@ -196,24 +213,38 @@ class FewRows {
   template <int kWidth>
   void AccumulateVectors(const TKV* const* v, const TKV* const* next, int32_t count, int d,
                          const float* rescale) {
-    VFloat acc[kRows][kWidth];
-    for (int r = 0; r < kRows; ++r) {
+    AccumulateRows<0, kGroupRows, kWidth>(v, next, count, d, rescale);
+    if constexpr (kGroups > 1) {
+      AccumulateRows<kGroupRows, kRows - kGroupRows, kWidth>(v, next, count, d, rescale);
+    }
+  }
+
+  template <int kFirst, int kCount, int kWidth>
+  void AccumulateRows(const TKV* const* v, const TKV* const* next, int32_t count, int d,
+                      const float* rescale) {
+    constexpr int kLines = (kWidth * kLanes + kLine - 1) / kLine;
+    float* o = o_ + kFirst * kPaddedVO + d;
+    const float* s = s_ + kFirst * kBlockKV;
+    VFloat acc[kCount][kWidth];
+    for (int r = 0; r < kCount; ++r) {
       for (int j = 0; j < kWidth; ++j) {
-        acc[r][j] = Load(o_ + r * kPaddedVO + d + j * kLanes) * rescale[r];
+        acc[r][j] = Load(o + r * kPaddedVO + j * kLanes) * rescale[kFirst + r];
       }
     }
-    const bool prefetch = d == 0;
     for (int32_t n = 0; n < count; ++n) {
-      if (prefetch) PrefetchRow<kDimVO>(next[n]);
+      if (kFirst == 0 && d % kLine == 0) {
+        const int line = d / kLine * count + n * kLines;
+        for (int i = 0; i < kLines; ++i) PrefetchLine<kDimVO>(next, line + i);
+      }
       VFloat value[kWidth];
       for (int j = 0; j < kWidth; ++j) value[j] = LoadRow<kDimVO>(v[n], d + j * kLanes);
-      for (int r = 0; r < kRows; ++r) {
-        const VFloat weight = Broadcast(s_[r * kBlockKV + n]);
+      for (int r = 0; r < kCount; ++r) {
+        const VFloat weight = Broadcast(s[r * kBlockKV + n]);
         for (int j = 0; j < kWidth; ++j) acc[r][j] += weight * value[j];
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      for (int j = 0; j < kWidth; ++j) Store(o_ + r * kPaddedVO + d + j * kLanes, acc[r][j]);
+    for (int r = 0; r < kCount; ++r) {
+      for (int j = 0; j < kWidth; ++j) Store(o + r * kPaddedVO + j * kLanes, acc[r][j]);
     }
   }
 

@@ -65,6 +65,13 @@ class ManyRows {
     }
   }
 
+  /*! A block's rows in the pool. */
+  struct Block {
+    int32_t count = 0;
+    const TKV* k[kBlockKV];
+    const TKV* v[kBlockKV];
+  };
+
   void Run() {
     PackQueries();
     TileRange range;
@@ -73,16 +80,28 @@ class ManyRows {
     const KVRows<TKV> v_rows(p_.v, p_.v_strides, p_, item_);
     const int32_t position = p_.plan.KVPosition(item_.level, item_.row);
     const int32_t end = item_.kv_begin + item_.kv_count;
-    for (int32_t begin = item_.kv_begin; begin < end; begin += kBlockKV) {
-      const int32_t count = std::min<int32_t>(kBlockKV, end - begin);
+    Block blocks[2];
+    const auto gather = [&](int32_t begin, Block* block) {
+      block->count = std::max(0, std::min<int32_t>(kBlockKV, end - begin));
+      k_rows.Gather(begin, block->count, block->k);
+      v_rows.Gather(begin, block->count, block->v);
+    };
+    gather(item_.kv_begin, &blocks[0]);
+    int parity = 0;
+    for (int32_t begin = item_.kv_begin; begin < end; begin += kBlockKV, parity ^= 1) {
+      const Block& block = blocks[parity];
+      gather(begin + kBlockKV, &blocks[parity ^ 1]);
+      prefetch_ = &blocks[parity ^ 1];
+      prefetch_line_ = 0;
+      const int32_t count = block.count;
       range.kv_lo = position + begin;
       range.kv_hi = range.kv_lo + count - 1;
       const TileClass tile = Variant::Classify(variant_, range);
       if (tile == TileClass::kEmpty) continue;
       const float* k[kBlockKV + kBlockRows];
       const float* v[kBlockKV];
-      LoadBlock<kDimQK>(k_rows, begin, count, k_block_, k);
-      LoadBlock<kDimVO>(v_rows, begin, count, v_block_, v);
+      LoadBlock<kDimQK>(block.k, count, k_block_, k);
+      LoadBlock<kDimVO>(block.v, count, v_block_, v);
       // Rows past the end repeat the last one: their logits are never read.
       for (int32_t i = 0; i < kBlockRows; ++i) k[count + i] = k[count - 1];
       for (int32_t panel = 0; panel < panels_; ++panel) {
@@ -117,20 +136,38 @@ class ManyRows {
 
   /*! Point rows at a block's tokens as float32: in their pages, or converted into `block`. */
   template <int kDim>
-  static void LoadBlock(const KVRows<TKV>& source, int32_t begin, int32_t count, float* block,
+  static void LoadBlock(const TKV* const* source, int32_t count, float* block,
                         const float** rows) {
-    if constexpr (kConvert) {
-      const TKV* raw[kBlockKV];
-      source.Gather(begin, count, raw);
-      for (int32_t i = 0; i < count; ++i) {
+    for (int32_t i = 0; i < count; ++i) {
+      if constexpr (kConvert) {
         float* row = block + i * kDim;
         int d = 0;
-        for (; d + kLanes <= kDim; d += kLanes) Store(row + d, Load(raw[i] + d));
-        for (; d < kDim; ++d) row[d] = ToFloat(raw[i][d]);
+        for (; d + kLanes <= kDim; d += kLanes) Store(row + d, Load(source[i] + d));
+        for (; d < kDim; ++d) row[d] = ToFloat(source[i][d]);
         rows[i] = row;
+      } else {
+        rows[i] = source[i];
       }
-    } else {
-      source.Gather(begin, count, rows);
+    }
+  }
+
+  /*!
+   * Prefetch this step's share of the next block, in address order. A step's product outlasts the
+   * lines it asks for, so the pages of the next block arrive while this one is computed.
+   */
+  void PrefetchShare() {
+    constexpr int kLine = 64 / static_cast<int>(sizeof(TKV));
+    constexpr int kLinesK = (kDimQK + kLine - 1) / kLine;
+    constexpr int kLinesV = (kDimVO + kLine - 1) / kLine;
+    constexpr int kSteps = (kBlockKV + kBlockRows - 1) / kBlockRows;
+    const int32_t total = prefetch_->count * (kLinesK + kLinesV);
+    const int32_t end =
+        std::min(total, prefetch_line_ + kBlockKV * (kLinesK + kLinesV) / (kSteps * panels_) + 1);
+    for (; prefetch_line_ < end; ++prefetch_line_) {
+      const int32_t v_line = prefetch_line_ - prefetch_->count * kLinesK;
+      Prefetch(v_line < 0
+                   ? prefetch_->k[prefetch_line_ / kLinesK] + prefetch_line_ % kLinesK * kLine
+                   : prefetch_->v[v_line / kLinesV] + v_line % kLinesV * kLine);
     }
   }
 
@@ -138,6 +175,7 @@ class ManyRows {
   void Scores(int32_t panel, const float* const* k, int32_t count) {
     const float* q = q_ + int64_t{panel} * kPanel * kDimQK;
     for (int32_t n = 0; n < count; n += kBlockRows) {
+      PrefetchShare();
       VFloat acc[kBlockRows][kPanelVectors] = {};
       const float* row[kBlockRows];
       for (int i = 0; i < kBlockRows; ++i) row[i] = k[n + i];
@@ -255,6 +293,8 @@ class ManyRows {
   float *q_, *o_, *max_, *sum_, *s_;
   float *k_block_ = nullptr, *v_block_ = nullptr;
   int32_t *q_idx_, *q_head_, *request_;
+  const Block* prefetch_ = nullptr;
+  int32_t prefetch_line_ = 0;
 };
 
 }  // namespace cpu

@@ -35,7 +35,8 @@ typedef uint16_t VHalfBits __attribute__((vector_size(kLanes * 2)));
 
 inline constexpr float kInf = std::numeric_limits<float>::infinity();
 
-inline VFloat Broadcast(float x) { return VFloat{} + x; }
+// x - 0 is x, signed zeros too, and compiles to a plain broadcast; 0 + x does not.
+inline VFloat Broadcast(float x) { return x - VFloat{}; }
 inline VInt Broadcast(int32_t x) { return VInt{} + x; }
 
 inline VInt Iota() {
