@@ -26,7 +26,7 @@ class PlanBounds(ctypes.Structure):
             "num_kv_heads",
             "max_tile_tokens",
             "max_splits",
-            "min_fixed_chunk",
+            "max_fixed_chunks",
         )
     ]
 
@@ -190,14 +190,21 @@ class PlanLibrary:
         if self.lib.harness_input_size() != ctypes.sizeof(ScheduleInput):
             raise RuntimeError("ScheduleInput differs from schedule.h")
 
-    def plan(self, batch: Batch, num_qo_heads: int, num_kv_heads: int, o: PlanOptions) -> Plan:
-        """Plan a batch within bounds that just hold it."""
+    def plan(
+        self,
+        batch: Batch,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        o: PlanOptions,
+        bounds: PlanBounds | None = None,
+    ) -> Plan:
+        """Plan a batch, by default within bounds that just hold it."""
         group = num_qo_heads // num_kv_heads
         tile_tokens = max(1, o.tile_rows // group)
         qo_indptr = batch.qo_indptr
         kv_len = np.asarray(batch.kv_lens, np.int32)
         pages = sum(int(level.kv_indptr[-1]) for level in batch.levels)
-        bounds = PlanBounds(
+        bounds = bounds or PlanBounds(
             max_requests=max(1, *(len(x.last_block_len) for x in batch.levels)),
             max_q_tokens=int(qo_indptr[-1]),
             max_kv_pages=max(pages, 1),
@@ -206,7 +213,7 @@ class PlanLibrary:
             num_kv_heads=num_kv_heads,
             max_tile_tokens=tile_tokens,
             max_splits=o.max_splits,
-            min_fixed_chunk=max(1, o.fixed_chunk // batch.page_size) if o.fixed_chunk else 0,
+            max_fixed_chunks=-(-max(batch.kv_lens) // o.fixed_chunk) if o.fixed_chunk else 0,
         )
         levels = (LayoutLevel * len(batch.levels))(
             *(

@@ -28,16 +28,19 @@ class ModuleSpec:
 
     @property
     def source(self) -> str:
-        return "".join(
-            f"#define TVM_FLASHINFER_{name} {value}\n"
-            for name, value in (
-                ("ELEMENT", self.element),
-                ("HEAD_DIM_QK", self.head_dim_qk),
-                ("HEAD_DIM_VO", self.head_dim_vo),
-                ("VARIANT", self.variant),
-                ("ROW_TILES", ", ".join(map(str, self.row_tiles))),
+        return (
+            "".join(
+                f"#define TVM_FLASHINFER_{name} {value}\n"
+                for name, value in (
+                    ("ELEMENT", self.element),
+                    ("HEAD_DIM_QK", self.head_dim_qk),
+                    ("HEAD_DIM_VO", self.head_dim_vo),
+                    ("VARIANT", self.variant),
+                    ("ROW_TILES", ", ".join(map(str, self.row_tiles))),
+                )
             )
-        ) + "#include <tvm_flashinfer/cuda/attention_module.cuh>\n"
+            + "#include <tvm_flashinfer/cuda/attention_module.cuh>\n"
+        )
 
     @property
     def name(self) -> str:
@@ -55,7 +58,7 @@ def _tree_digest() -> str:
     digest = hashlib.sha256()
     for folder in (INCLUDE, EMULATOR, Path(__file__).parent):
         for path in sorted(folder.rglob("*")):
-            if path.suffix in (".h", ".cuh", ".cc"):
+            if path.suffix in (".h", ".cuh", ".cc") and path.parent.name != "cpu":
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -113,6 +116,24 @@ def build_cuda(folder: Path, spec: ModuleSpec, arch: str) -> Compiled:
     command = [compiler, "-std=c++17", "-O3", "-Xptxas", "-v", "-lineinfo", "-cudart", "static"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xcompiler", "-fPIC", "-shared"]
     return _build(folder, spec, f"sm_{arch}", [*command, f"-I{INCLUDE}"])
+
+
+def build_read_floor(folder: Path, arch: str) -> Path:
+    """Compile the kernel that measures read bandwidth."""
+    source = Path(__file__).with_name("read_floor.cu")
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
+    library = folder / f"read_floor_sm_{arch}_{digest}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [nvcc() or "nvcc", "-std=c++17", "-O3", "-cudart", "static"]
+        command += [
+            f"-gencode=arch=compute_{arch},code=sm_{arch}",
+            "-Xcompiler",
+            "-fPIC",
+            "-shared",
+        ]
+        _run([*command, "-o", str(library), str(source)])
+    return library
 
 
 def build_all(jobs: list, workers: int = 2) -> list:
