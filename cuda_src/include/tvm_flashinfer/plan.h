@@ -62,7 +62,7 @@ struct PlanBounds {
   int32_t num_kv_heads = 1;
   int32_t max_tile_tokens = 1;  //!< largest query tile, in tokens
   int32_t max_splits = 4;       //!< chunks the scheduler may cut per worker, to balance
-  int32_t min_fixed_chunk = 0;  //!< > 0: smallest fixed chunk of batch-invariant plans, in pages
+  int32_t max_fixed_chunks = 0;  //!< > 0: most chunks of a row in batch-invariant plans
 };
 
 /*! \brief Sections of the plan, in buffer order. */
@@ -108,22 +108,22 @@ struct PlanLayout {
    * \brief Derive the layout.
    *
    * Every tile holds at least one token, so a level has at most max_q_tokens tiles. The scheduler
-   * cuts the KV of all tiles and heads into at most num_workers * max_splits further chunks, or,
-   * with a fixed chunk, one more per min_fixed_chunk pages of a tile. A cut tile with n chunks
-   * stores n states per token, n <= 2 (n - 1); composable formats add one state per level.
+   * cuts the KV of all tiles and heads into at most num_workers * max_splits further chunks. A cut
+   * tile with n chunks stores n states per token, n <= 2 (n - 1); composable formats add one state
+   * per level. With a fixed chunk, every tile may have max_fixed_chunks.
    */
   static PlanLayout Make(const PlanBounds& b) {
     PlanLayout l;
     const int64_t tiles = int64_t{b.max_levels} * b.max_q_tokens;
     // Per KV head; every head of a tile is cut alike.
     int64_t cuts = (int64_t{b.num_workers} * b.max_splits + b.num_kv_heads - 1) / b.num_kv_heads;
-    if (b.min_fixed_chunk > 0) {
-      const int64_t per_tile = (int64_t{b.max_kv_pages} + b.min_fixed_chunk - 1) / b.min_fixed_chunk;
-      cuts = tiles * per_tile;
-    }
-    l.max_items = (tiles + cuts) * b.num_kv_heads;
     l.max_partials = 2 * cuts * b.max_tile_tokens;
     if (b.max_levels > 1) l.max_partials += tiles;
+    if (b.max_fixed_chunks > 0) {
+      if (cuts < tiles * (b.max_fixed_chunks - 1)) cuts = tiles * (b.max_fixed_chunks - 1);
+      if (l.max_partials < tiles * b.max_fixed_chunks) l.max_partials = tiles * b.max_fixed_chunks;
+    }
+    l.max_items = (tiles + cuts) * b.num_kv_heads;
     const int64_t sizes[kNumSections] = {
         static_cast<int64_t>(sizeof(PlanHeader) / sizeof(int32_t)),
         int64_t{b.num_workers} + 1,

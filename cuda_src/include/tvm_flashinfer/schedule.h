@@ -59,7 +59,12 @@ class PlanOverflow : public std::runtime_error {
   PlanOverflow(const char* section, int64_t need, int64_t bound)
       : std::runtime_error("plan section `" + std::string(section) + "` needs " +
                            std::to_string(need) + " entries, its bound is " +
-                           std::to_string(bound)) {}
+                           std::to_string(bound)),
+        section_(section) {}
+  const char* section() const { return section_; }
+
+ private:
+  const char* section_;  // a literal
 };
 
 /*!
@@ -216,7 +221,9 @@ class Scheduler {
     for (int64_t i = 0; i < num_tiles_; ++i) {
       Tile& t = tiles_[i];
       const int32_t len = t.kv_end - t.kv_begin;
-      int64_t chunk = fixed > 0 ? fixed : std::max<int64_t>(in.min_chunk, bound / t.weight);
+      // Rounded up: the chunks of all tiles then fit the cuts that PlanLayout counts on.
+      const int64_t share = (bound + t.weight - 1) / t.weight;
+      int64_t chunk = fixed > 0 ? fixed : std::max<int64_t>(in.min_chunk, share);
       chunk = (chunk + in.kv_align - 1) / in.kv_align * in.kv_align;
       t.num_chunks = static_cast<int32_t>((len + chunk - 1) / chunk);
       if (fixed == 0 && t.num_chunks > 1) {  // even chunks balance better than one short tail

@@ -1,0 +1,318 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+#include "batch_attention.h"
+
+#include <tvm_flashinfer/variant.h>
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "check.h"
+#include "tensor_view.h"
+
+namespace tvm_flashinfer {
+namespace {
+
+using tvm::ffi::Optional;
+using tvm::ffi::Tensor;
+
+//! Lengths and positions stay below this, so that sums of two fit an int32.
+constexpr int64_t kMaxPosition = int64_t{1} << 30;
+
+PlanBounds Derive(PlanBounds bounds, const BatchAttentionConfig& config, const CpuKernel& kernel) {
+  bounds.num_kv_heads = config.num_kv_heads;
+  bounds.max_tile_tokens =
+      std::max(1, kernel.row_tiles[1] / (config.num_qo_heads / config.num_kv_heads));
+  if (bounds.num_workers == 0) bounds.num_workers = CpuExecutor::NumThreads();
+  const int64_t total = PlanLayout::Make(bounds).total;
+  TVM_FLASHINFER_CHECK(total <= INT32_MAX, ValueError)
+      << "argument `bounds` asks for a plan of " << total << " int32, at most " << INT32_MAX
+      << " are addressable: lower max_q_tokens, max_levels, max_fixed_chunks or max_kv_pages";
+  return bounds;
+}
+
+void CheckLengths(ArgName arg, const IndexVector& values) {
+  for (int64_t i = 0; i < values.size; ++i) {
+    TVM_FLASHINFER_CHECK(values[i] >= 0 && values[i] <= kMaxPosition, ValueError)
+        << "argument `" << arg << "` has " << values[i] << " at index " << i
+        << ", expected a value in [0, 2^30]";
+  }
+}
+
+/*! Creation bound that a section of the plan is sized by. */
+const char* BoundOf(const std::string& section) {
+  if (section == "kv_indices") return "max_kv_pages";
+  if (section == "q_position") return "max_q_tokens";
+  if (section == "kv_indptr") return "max_levels";
+  if (section == "request_kv_len" || section == "kv_position") return "max_requests";
+  return "max_fixed_chunks, or max_splits";
+}
+
+/*!
+ * Check a level's tensors.
+ * \param covers_all Whether its rows must hold every query token: the last level's do.
+ * \param max_page Raised to the largest page id.
+ */
+LayoutLevel ReadLevel(int32_t index, const LevelTensors& tensors, int64_t page_size,
+                      int64_t num_tokens, bool covers_all, int32_t* max_page) {
+  const auto arg = [index](const char* name) { return ArgName{name, index}; };
+  TVM_FLASHINFER_CHECK(tensors.size() == 5, ValueError)
+      << "argument `levels[" << index << "]` has " << tensors.size()
+      << " tensors, expected 5: qo_indptr, kv_indptr, kv_indices, last_block_len, kv_position";
+  const IndexVector qo_indptr = CheckIndexVector(arg("qo_indptr"), tensors[0]);
+  CheckIndptr(arg("qo_indptr"), qo_indptr);
+  const int64_t rows = qo_indptr.size - 1;
+  TVM_FLASHINFER_CHECK(covers_all ? qo_indptr[rows] == num_tokens : qo_indptr[rows] <= num_tokens,
+                       ValueError)
+      << "argument `" << arg("qo_indptr") << "` ends with " << qo_indptr[rows] << ", the batch has "
+      << num_tokens << " query tokens" << (covers_all ? ", which the last level must cover" : "");
+  const IndexVector kv_indptr = CheckIndexVector(arg("kv_indptr"), tensors[1], rows + 1);
+  CheckIndptr(arg("kv_indptr"), kv_indptr);
+  const IndexVector kv_indices = CheckIndexVector(arg("kv_indices"), tensors[2], kv_indptr[rows]);
+  for (int64_t i = 0; i < kv_indices.size; ++i) {
+    TVM_FLASHINFER_CHECK(kv_indices[i] >= 0, ValueError)
+        << "argument `" << arg("kv_indices") << "` has page " << kv_indices[i] << " at index " << i
+        << ", expected a value in [0, pages of the pool)";
+    *max_page = std::max(*max_page, kv_indices[i]);
+  }
+  const IndexVector last_block_len = CheckIndexVector(arg("last_block_len"), tensors[3], rows);
+  const IndexVector kv_position = CheckIndexVector(arg("kv_position"), tensors[4], rows);
+  CheckLengths(arg("kv_position"), kv_position);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t pages = kv_indptr[r + 1] - kv_indptr[r];
+    TVM_FLASHINFER_CHECK(last_block_len[r] >= (pages > 0 ? 1 : 0) && last_block_len[r] <= page_size,
+                         ValueError)
+        << "argument `" << arg("last_block_len") << "` has " << last_block_len[r] << " at index "
+        << r << ", expected a value in [" << (pages > 0 ? 1 : 0) << ", page_size = " << page_size
+        << "]";
+    TVM_FLASHINFER_CHECK(kv_position[r] + pages * page_size <= kMaxPosition, ValueError)
+        << "argument `" << arg("kv_indptr") << "` gives row " << r << " " << pages << " pages of "
+        << page_size << " tokens from position " << kv_position[r]
+        << ", positions must stay below 2^30";
+  }
+  LayoutLevel level;
+  level.num_rows = static_cast<int32_t>(rows);
+  level.qo_indptr = qo_indptr.data;
+  level.kv_indptr = kv_indptr.data;
+  level.kv_indices = kv_indices.data;
+  level.last_block_len = last_block_len.data;
+  level.kv_position = kv_position.data;
+  return level;
+}
+
+}  // namespace
+
+BatchAttentionObj::BatchAttentionObj(const BatchAttentionConfig& config, KernelHandle kernel)
+    : config_(config),
+      kernel_(std::move(kernel)),
+      scheduler_(Derive(config.bounds, config, *kernel_)),
+      executor_(kernel_,
+                std::max(kernel_->row_tiles[1], config.num_qo_heads / config.num_kv_heads)),
+      levels_(config.bounds.max_levels) {
+  const PlanLayout& layout = scheduler_.layout();
+  for (auto& plan : plans_) plan.resize(layout.total);
+  o_partial_.resize(layout.max_partials * config.num_qo_heads * config.head_dim_vo);
+  lse_partial_.resize(layout.max_partials * config.num_qo_heads);
+  slots_.resize(config.bounds.max_q_tokens);
+}
+
+BatchAttentionObj::Planned BatchAttentionObj::ReadRequest(const PlanRequest& request,
+                                                          ScheduleInput* in) {
+  const PlanBounds& bounds = scheduler_.bounds();
+  Planned planned;
+  planned.page_size = request.page_size;
+  TVM_FLASHINFER_CHECK(request.page_size >= 1 && request.page_size <= kMaxPosition, ValueError)
+      << "argument `page_size` is " << request.page_size << ", expected a value in [1, 2^30]";
+  TVM_FLASHINFER_CHECK(request.fixed_chunk >= 0 && request.fixed_chunk <= kMaxPosition, ValueError)
+      << "argument `fixed_chunk` is " << request.fixed_chunk << ", expected a value in [0, 2^30]";
+  TVM_FLASHINFER_CHECK(request.fixed_chunk == 0 || bounds.max_fixed_chunks > 0, ValueError)
+      << "argument `fixed_chunk` is " << request.fixed_chunk
+      << ", but this object was created with max_fixed_chunks = 0: only 0 is accepted";
+
+  const IndexVector qo_indptr = CheckIndexVector({"qo_indptr"}, request.qo_indptr);
+  CheckIndptr({"qo_indptr"}, qo_indptr);
+  const int64_t num_requests = qo_indptr.size - 1;
+  planned.num_tokens = qo_indptr[num_requests];
+  const IndexVector kv_len = CheckIndexVector({"kv_len"}, request.kv_len, num_requests);
+  CheckLengths({"kv_len"}, kv_len);
+  if (request.q_position.has_value()) {
+    const IndexVector position =
+        CheckIndexVector({"q_position"}, request.q_position.value(), planned.num_tokens);
+    for (int64_t i = 0; i < position.size; ++i) {
+      TVM_FLASHINFER_CHECK(std::abs(int64_t{position[i]}) <= kMaxPosition, ValueError)
+          << "argument `q_position` has " << position[i] << " at index " << i
+          << ", expected a value in [-2^30, 2^30]";
+    }
+    in->q_position = position.data;
+  }
+  const int64_t num_levels = request.levels.size();
+  TVM_FLASHINFER_CHECK(num_levels >= 1 && num_levels <= bounds.max_levels, ValueError)
+      << "argument `levels` has " << num_levels
+      << " levels, expected a count in [1, max_levels = " << bounds.max_levels << "]";
+  int64_t pages = 0;
+  for (int32_t l = 0; l < num_levels; ++l) {
+    levels_[l] = ReadLevel(l, request.levels[l], request.page_size, planned.num_tokens,
+                           l == num_levels - 1, &planned.max_page);
+    pages += levels_[l].kv_indptr[levels_[l].num_rows];
+    TVM_FLASHINFER_CHECK(pages <= INT32_MAX, ValueError)
+        << "argument `levels` lists " << pages << " pages, at most " << INT32_MAX
+        << " are accepted";
+  }
+  in->num_requests = static_cast<int32_t>(num_requests);
+  in->qo_indptr = qo_indptr.data;
+  in->kv_len = kv_len.data;
+  in->num_levels = static_cast<int32_t>(num_levels);
+  in->levels = levels_.data();
+  in->page_size = static_cast<int32_t>(request.page_size);
+  in->causal = kernel_->causal != 0;
+  in->group = config_.num_qo_heads / config_.num_kv_heads;
+  // A tile never leaves its row, and the kernel picks its path by the rows a tile really has: the
+  // largest tile is right for decode rows too, and doesn't depend on the rest of the batch.
+  in->tile_tokens = bounds.max_tile_tokens;
+  in->kv_align = kernel_->kv_align;
+  in->fixed_chunk = static_cast<int32_t>(request.fixed_chunk);
+  in->shared_queue = !request.per_worker_queues;
+  return planned;
+}
+
+void BatchAttentionObj::Plan(const PlanRequest& request) {
+  ScheduleInput in;
+  const Planned planned = ReadRequest(request, &in);
+  const int32_t next = current_ ^ 1;
+  try {
+    scheduler_.Plan(in, plans_[next].data());
+  } catch (const PlanOverflow& overflow) {
+    TVM_FFI_THROW(ValueError) << overflow.what() << ": create the BatchAttention with a larger "
+                              << BoundOf(overflow.section());
+  }
+  current_ = next;
+  planned_ = planned;
+}
+
+BatchAttentionObj::Pools BatchAttentionObj::CheckPools(const PoolTensors& pool) const {
+  const DLDataType type = ToDLDataType(kernel_->kv_type);
+  const int32_t heads = config_.num_kv_heads;
+  if (!pool.v.has_value()) {
+    TVM_FLASHINFER_CHECK(config_.head_dim_qk == config_.head_dim_vo, ValueError)
+        << "argument `v` is missing: keys and values share a tensor only where head_dim_qk, "
+        << config_.head_dim_qk << ", equals head_dim_vo, " << config_.head_dim_vo;
+    return {CheckPool({"k"}, pool.k, type, config_.order, PoolPart::kKeysOfBoth, heads,
+                      config_.head_dim_qk),
+            CheckPool({"k"}, pool.k, type, config_.order, PoolPart::kValuesOfBoth, heads,
+                      config_.head_dim_vo)};
+  }
+  const Pools pools{
+      CheckPool({"k"}, pool.k, type, config_.order, PoolPart::kAlone, heads, config_.head_dim_qk),
+      CheckPool({"v"}, pool.v.value(), type, config_.order, PoolPart::kAlone, heads,
+                config_.head_dim_vo)};
+  TVM_FLASHINFER_CHECK(pools.k.num_pages == pools.v.num_pages, ValueError)
+      << "argument `v` has " << pools.v.num_pages << " pages, argument `k` has "
+      << pools.k.num_pages << ": they go together";
+  TVM_FLASHINFER_CHECK(pools.k.page_size == pools.v.page_size, ValueError)
+      << "argument `v` has pages of " << pools.v.page_size << " tokens, argument `k` of "
+      << pools.k.page_size << ": they go together";
+  return pools;
+}
+
+void BatchAttentionObj::Run(const TensorView& q, const PoolTensors& pool, double sm_scale,
+                            const TensorView& o, const Optional<TensorView>& lse) {
+  TVM_FLASHINFER_CHECK(planned_.num_tokens >= 0, RuntimeError)
+      << "nothing is planned: call plan before run";
+  const int64_t tokens = planned_.num_tokens;
+  const DLDataType type = ToDLDataType(kernel_->q_type);
+  const TokenView q_view =
+      CheckTokens({"q"}, q, type, tokens, config_.num_qo_heads, config_.head_dim_qk, false);
+  const Pools pools = CheckPools(pool);
+  if (planned_.max_page >= 0) {
+    TVM_FLASHINFER_CHECK(pools.k.page_size == planned_.page_size, ValueError)
+        << "argument `k` has pages of " << pools.k.page_size << " tokens, the plan was made for "
+        << "page_size = " << planned_.page_size;
+    TVM_FLASHINFER_CHECK(planned_.max_page < pools.k.num_pages, ValueError)
+        << "argument `k` has " << pools.k.num_pages << " pages, the plan's kv_indices name page "
+        << planned_.max_page;
+  }
+  TVM_FLASHINFER_CHECK(std::isfinite(static_cast<float>(sm_scale)), ValueError)
+      << "argument `sm_scale` is " << sm_scale << ", expected a finite float32";
+  const TokenView o_view =
+      CheckTokens({"out"}, o, type, tokens, config_.num_qo_heads, config_.head_dim_vo, true);
+  static const StandardVariantParams kVariantParams{};
+  AttentionParams params{};
+  if (lse.has_value()) {
+    params.lse = CheckLse({"lse"}, lse.value(), tokens, config_.num_qo_heads);
+  }
+  params.q = q_view.data;
+  params.k = pools.k.data;
+  params.v = pools.v.data;
+  params.o = o_view.data;
+  params.o_partial = o_partial_.data();
+  params.lse_partial = lse_partial_.data();
+  params.variant_params = &kVariantParams;
+  params.q_token_stride = q_view.token_stride;
+  params.q_head_stride = q_view.head_stride;
+  params.o_token_stride = o_view.token_stride;
+  params.o_head_stride = o_view.head_stride;
+  params.k_strides = pools.k.strides;
+  params.v_strides = pools.v.strides;
+  params.page_size = static_cast<int32_t>(planned_.page_size);
+  params.num_qo_heads = config_.num_qo_heads;
+  params.num_kv_heads = config_.num_kv_heads;
+  params.sm_scale = static_cast<float>(sm_scale);
+  params.plan = PlanView::Make(plans_[current_].data(), scheduler_.layout(), scheduler_.bounds());
+  executor_.Run(params);
+}
+
+void BatchAttentionObj::Append(const TensorView& k_new, const TensorView& v_new,
+                               const TensorView& slots, const PoolTensors& pool) {
+  const IndexVector slot = CheckIndexVector({"slots"}, slots);
+  const int64_t tokens = slot.size;
+  TVM_FLASHINFER_CHECK(tokens <= static_cast<int64_t>(slots_.size()), ValueError)
+      << "argument `slots` has " << tokens << " entries, this object was created with "
+      << "max_q_tokens = " << slots_.size();
+  const DLDataType type = ToDLDataType(kernel_->q_type);
+  const int32_t heads = config_.num_kv_heads;
+  const TokenView k_view =
+      CheckTokens({"k_new"}, k_new, type, tokens, heads, config_.head_dim_qk, false);
+  const TokenView v_view =
+      CheckTokens({"v_new"}, v_new, type, tokens, heads, config_.head_dim_vo, false);
+  const Pools pools = CheckPools(pool);
+  const int64_t places = pools.k.num_pages * pools.k.page_size;
+  for (int64_t i = 0; i < tokens; ++i) {
+    TVM_FLASHINFER_CHECK(slot[i] >= -1 && slot[i] < places, ValueError)
+        << "argument `slots` has " << slot[i] << " at index " << i << ", the pool has " << places
+        << " places; -1 drops a token";
+    slots_[i] = slot[i];
+  }
+  const auto append = [&](const TokenView& source, const PoolView& to, int32_t dim) {
+    AppendParams params;
+    params.source = source.data;
+    params.source_token_stride = source.token_stride;
+    params.source_head_stride = source.head_stride;
+    params.pool = to.data;
+    params.strides = to.strides;
+    params.slots = slots_.data();
+    params.page_size = static_cast<int32_t>(to.page_size);
+    params.num_heads = heads;
+    params.dim = dim;
+    executor_.Append(params, static_cast<int32_t>(tokens));
+  };
+  append(k_view, pools.k, config_.head_dim_qk);
+  append(v_view, pools.v, config_.head_dim_vo);
+}
+
+Tensor BatchAttentionObj::Section(const std::string& name) const {
+  const PlanLayout& layout = scheduler_.layout();
+  for (int32_t i = 0; i < PlanLayout::kNumSections; ++i) {
+    const auto section = static_cast<PlanSection>(i);
+    if (name != PlanSectionName(section)) continue;
+    const auto copy =
+        tvm::runtime::Tensor::Empty({layout.Size(section)}, {kDLInt, 32, 1}, {kDLCPU, 0});
+    std::copy_n(plans_[current_].data() + layout.Offset(section), layout.Size(section),
+                static_cast<int32_t*>(copy->data));
+    return copy;
+  }
+  TVM_FFI_THROW(ValueError) << "argument `name` is \"" << name
+                            << "\", expected a section of the plan, see plan.h";
+  __builtin_unreachable();
+}
+
+}  // namespace tvm_flashinfer
