@@ -8,14 +8,20 @@
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/function.h>
 #include <tvm/runtime/tensor.h>
-#include <tvm_flashinfer/schedule.h>
 #include <vm/kv_state.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <vector>
 
 #include "cpu_executor.h"
 #include "page_table.h"
+#include "rope.h"
+#include "step_layout.h"
+#include "step_plan.h"
+#include "token_heads.h"
 
 namespace tvm_flashinfer {
 
@@ -28,26 +34,41 @@ struct KVCacheConfig {
   int32_t max_total_seq_len;  //!< tokens the pool holds
   int32_t prefill_chunk;      //!< most query tokens of one step
   int32_t page_size;
+  bool sliding_window;             //!< sequences may have a window
   int32_t layer_begin, layer_end;  //!< this cache's layers: a pipeline stage holds a range
   int32_t num_qo_heads, num_kv_heads;
   int32_t head_dim_qk, head_dim_vo;
 
   int32_t num_layers() const { return layer_end - layer_begin; }
-  int32_t num_pages() const { return (max_total_seq_len + page_size - 1) / page_size; }
+  /*! A slid window starts and ends within a page: two more pages a sequence. */
+  int32_t num_pages() const {
+    return (max_total_seq_len + page_size - 1) / page_size + (sliding_window ? 2 * max_batch : 0);
+  }
   //! A decode step has a token per sequence, whatever the prefill chunk.
   int32_t max_q_tokens() const { return std::max(prefill_chunk, max_batch); }
 };
 
-/*! \brief Strided (token, head, element) operand; elements are contiguous. */
-struct TokenHeads {
-  void* data;
-  int64_t token_stride, head_stride;
+/*!
+ * \brief Rotation by a compiled model's own function, as TVM's cache calls it: with (qkv,
+ * positions, q, k, v, 1 or the extension factors) it splits the fused tensor and rotates queries
+ * and keys.
+ */
+struct SplitRotary {
+  tvm::ffi::Function function;
+  tvm::ffi::Optional<Tensor> extension_factors;
 };
 
 class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
  public:
-  /*! \param dtype, device Of the pool. */
-  KVCacheObj(const KVCacheConfig& config, KernelHandle kernel, DLDataType dtype, DLDevice device);
+  /*!
+   * \param dtype, device Of the pool.
+   * \param rope Rotates new queries and keys; absent: they are stored and attended as they come.
+   */
+  KVCacheObj(const KVCacheConfig& config, KernelHandle kernel, DLDataType dtype, DLDevice device,
+             std::optional<RopeConfig> rope = std::nullopt);
+
+  /*! \brief Rotate with `rotary`, which serves attention with fused QKV only. */
+  void UseSplitRotary(SplitRotary rotary);
 
   // Sequences.
   void Clear() final;
@@ -55,6 +76,8 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   void RemoveSequence(int64_t seq_id) final;
   void ForkSequence(int64_t parent_seq_id, int64_t child_seq_id, int64_t fork_pos) final;
   void PopN(int64_t seq_id, int32_t n) final;
+  void EnableSlidingWindowForSeq(int64_t seq_id, int32_t sliding_window_size,
+                                 int32_t attn_sink_size) final;
   bool Empty() const final;
   int32_t GetNumAvailablePages() const final;
   int32_t GetTotalSequenceLength() const final;
@@ -64,9 +87,15 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   void BeginForward(const Shape& seq_ids, const Shape& append_lengths,
                     const tvm::ffi::Optional<Shape>& token_tree_parent_ptr) final;
   void EndForward() final;
+  void CommitAcceptedTokenTreeNodes(const Shape& seq_ids, const Shape& leaf_indices) final;
   Tensor GetQueryPositions() final;
+
+  // Attention.
   void AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, tvm::ffi::Optional<Tensor> mask,
                              Tensor o_data, double sm_scale) final;
+  /*! \brief Attend keys that `source_layer_id` appended in this step; q carries RoPE already. */
+  void AttentionWithSharedKV(int64_t source_layer_id, Tensor q_data, Tensor current_k_data,
+                             Tensor current_v_data, Tensor o_data, double sm_scale) final;
   /*!
    * \brief Append k and v, then attend: the step's attention of one layer.
    * \param head_major q, k, v are (heads, tokens, dim); else (tokens, heads, dim). `o` is always
@@ -81,8 +110,6 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   void DebugSetKV(int64_t seq_id, int64_t start_pos, Tensor k_data, Tensor v_data) final;
 
   // Parts of TVM's contract that this cache doesn't serve: each throws and says so.
-  void EnableSlidingWindowForSeq(int64_t, int32_t, int32_t) final;
-  void CommitAcceptedTokenTreeNodes(const Shape&, const Shape&) final;
   tvm::ffi::String GetCheckpointMetadata(int64_t) const final;
   tvm::ffi::String GetLayoutHash() const final;
   void ExportPageGroup(int64_t, int64_t, Tensor) final;
@@ -93,7 +120,6 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   void DisaggMarkSend(int64_t, int64_t, const Shape&, int32_t) final;
   void SelfAttention(int64_t, Tensor, Tensor, Tensor, Tensor, Tensor, double) final;
   void CrossAttention(int64_t, Tensor, Tensor, Tensor, double) final;
-  void AttentionWithSharedKV(int64_t, Tensor, Tensor, Tensor, Tensor, double) final;
   void AppendMLAKV(int64_t, Tensor) final;
   tvm::ffi::Array<Tensor> MergeAttnOutputInplace(Tensor, Tensor, Tensor, Tensor) final;
   void LinearAttention(int64_t, Tensor, Tensor, Tensor, double) final;
@@ -110,17 +136,26 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
     char* k;
     char* v;
   };
-  static PlanBounds MakeBounds(const KVCacheConfig& config, const CpuKernel& kernel);
 
-  int32_t CheckStep(int64_t layer_id) const;
+  PlanBounds PageBounds() const;
+  PlanBounds TokenBounds(int64_t num_blocks) const;
+
   void CheckIdle(const char* what) const;
-  void Schedule(const Shape& append_lengths);
-  void Attend(int32_t layer, double sm_scale, TokenHeads q, TokenHeads k, TokenHeads v,
-              TokenHeads o);
-  void AppendTo(char* pool, const KVStrides& strides, TokenHeads source, int32_t dim);
+  int32_t CheckStep(int64_t layer_id) const;
+  void ReadRequests(const Shape& seq_ids, const Shape& append_lengths);
+  void ReadTrees(const Shape& seq_ids, const Shape& parents);
+  void CheckCommitted(int64_t seq_id, const Sequence& sequence, const char* what) const;
+  void Schedule();
   void CopyPages();
+  void CopyToken(int64_t from_slot, int64_t to_slot);
+
+  void Rotate(TokenHeads* q, TokenHeads* k);
+  void Append(int32_t layer, TokenHeads k, TokenHeads v);
+  void Attend(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o);
+
   template <typename Copy>
   void ForEachRow(int64_t seq_id, int64_t start, int64_t end, const Copy& copy);
+  void CheckRange(int64_t seq_id, int64_t start, int64_t end) const;
   void CheckDebugTensors(const Tensor& k, const Tensor& v, int64_t length) const;
 
   KVCacheConfig config_;
@@ -131,20 +166,22 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   KVStrides k_strides_, v_strides_;
   std::vector<LayerPool> layers_;
   PageTable pages_;
-  PlanBounds bounds_;
-  Scheduler scheduler_;
   CpuExecutor executor_;
+
+  std::optional<Rope> rope_;
+  std::optional<SplitRotary> split_rotary_;
+  Tensor rotated_q_, rotated_k_, split_v_;  //!< [max_q_tokens, heads, dim], where something rotates
 
   // The step between begin_forward and end_forward.
   bool in_forward_ = false;
-  int32_t num_tokens_ = 0;
   std::vector<AppendRequest> requests_;
+  std::vector<TokenTree> trees_;  //!< of the requests, if the step has token trees
+  std::vector<int32_t> page_indptr_, page_ids_;
   std::vector<PageCopy> copies_;
-  std::vector<int32_t> qo_indptr_, kv_indptr_, kv_indices_, kv_len_, last_block_len_;
-  std::vector<int64_t> slots_;
-  std::vector<int32_t> plans_[2];  //!< double-buffered: a new plan leaves the running one alone
-  int32_t plan_ = 0;
-  std::vector<float> o_partial_, lse_partial_;
+  StepLayout layout_;
+  StepPlan page_plan_;
+  std::unique_ptr<StepPlan> token_plan_;  //!< of layouts by token; made, and grown, on demand
+  StepPlan* plan_ = nullptr;              //!< the one in use
   Tensor positions_;
 };
 

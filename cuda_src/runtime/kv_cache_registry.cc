@@ -4,7 +4,9 @@
 // excludes; TVM's own vm.builtin.kv_state_* and attention_kv_cache_* drive the object as well.
 #include <tvm/ffi/reflection/registry.h>
 
+#include <optional>
 #include <string>
+#include <utility>
 
 #include "check.h"
 #include "kv_cache.h"
@@ -29,47 +31,103 @@ void CheckSize(const char* name, const Shape& shape, size_t size, const char* en
       << entries;
 }
 
+/*! \brief The arguments that every creation function starts with, checked. */
+struct Creation {
+  Creation(Shape bounds, Shape layers, Shape heads, Function kernel, Tensor init)
+      : kernel(std::move(kernel)), init(std::move(init)) {
+    ReadShapes(bounds, layers, heads);
+    CheckKernel();
+  }
+
+  tvm::ffi::ObjectPtr<KVCacheObj> Make(std::optional<RopeConfig> rope = std::nullopt) const {
+    return tvm::ffi::make_object<KVCacheObj>(config, kernel, init->dtype, init->device,
+                                             std::move(rope));
+  }
+
+  KVCacheConfig config;
+  KernelHandle kernel;
+  Tensor init;  //!< of the pool's dtype and device
+
+ private:
+  void ReadShapes(const Shape& bounds, const Shape& layers, const Shape& heads) {
+    CheckSize("bounds", bounds, 5,
+              "max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, "
+              "support_sliding_window");
+    CheckSize("layers", layers, 2, "first layer, end layer");
+    CheckSize("heads", heads, 4, "num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo");
+    config.max_batch = Extent("max_batch_size", bounds, 0, 1);
+    config.max_total_seq_len = Extent("max_total_seq_len", bounds, 1, 1);
+    config.prefill_chunk = Extent("prefill_chunk_size", bounds, 2, 1);
+    config.page_size = Extent("page_size", bounds, 3, 1);
+    TVM_FLASHINFER_CHECK(bounds[4] == 0 || bounds[4] == 1, ValueError)
+        << "support_sliding_window is " << bounds[4] << ", expected 0 or 1";
+    config.sliding_window = bounds[4] != 0;
+    config.layer_begin = Extent("first layer", layers, 0, 0);
+    config.layer_end = Extent("end layer", layers, 1, config.layer_begin + 1);
+    config.num_qo_heads = Extent("num_qo_heads", heads, 0, 1);
+    config.num_kv_heads = Extent("num_kv_heads", heads, 1, 1);
+    config.head_dim_qk = Extent("head_dim_qk", heads, 2, 1);
+    config.head_dim_vo = Extent("head_dim_vo", heads, 3, 1);
+    TVM_FLASHINFER_CHECK(config.num_qo_heads % config.num_kv_heads == 0, ValueError)
+        << "num_qo_heads " << config.num_qo_heads << " is not a multiple of num_kv_heads "
+        << config.num_kv_heads;
+  }
+
+  void CheckKernel() const {
+    TVM_FLASHINFER_CHECK(init->device.device_type == kDLCPU, NotImplementedError)
+        << "argument `init` is on device type " << static_cast<int>(init->device.device_type)
+        << ": this build runs KV caches on the CPU";
+    const auto check = [](const char* what, const std::string& compiled, const std::string& asked) {
+      TVM_FLASHINFER_CHECK(compiled == asked, ValueError)
+          << "argument `kernel` was compiled for " << what << " " << compiled
+          << ", the cache is made with " << asked;
+    };
+    check("head_dim_qk", std::to_string(kernel->head_dim_qk), std::to_string(config.head_dim_qk));
+    check("head_dim_vo", std::to_string(kernel->head_dim_vo), std::to_string(config.head_dim_vo));
+    check("a KV pool of", tvm::ffi::DLDataTypeToString(ToDLDataType(kernel->kv_type)),
+          tvm::ffi::DLDataTypeToString(init->dtype));
+  }
+};
+
 AttentionKVCache CreateKVCache(Shape bounds, Shape layers, Shape heads, Function kernel,
                                Tensor init) {
-  CheckSize("bounds", bounds, 5,
-            "max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, "
-            "support_sliding_window");
-  CheckSize("layers", layers, 2, "first layer, end layer");
-  CheckSize("heads", heads, 4, "num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo");
-  KVCacheConfig config;
-  config.max_batch = Extent("max_batch_size", bounds, 0, 1);
-  config.max_total_seq_len = Extent("max_total_seq_len", bounds, 1, 1);
-  config.prefill_chunk = Extent("prefill_chunk_size", bounds, 2, 1);
-  config.page_size = Extent("page_size", bounds, 3, 1);
-  TVM_FLASHINFER_CHECK(bounds[4] == 0, NotImplementedError)
-      << "support_sliding_window: this cache keeps whole sequences";
-  config.layer_begin = Extent("first layer", layers, 0, 0);
-  config.layer_end = Extent("end layer", layers, 1, config.layer_begin + 1);
-  config.num_qo_heads = Extent("num_qo_heads", heads, 0, 1);
-  config.num_kv_heads = Extent("num_kv_heads", heads, 1, 1);
-  config.head_dim_qk = Extent("head_dim_qk", heads, 2, 1);
-  config.head_dim_vo = Extent("head_dim_vo", heads, 3, 1);
-  TVM_FLASHINFER_CHECK(config.num_qo_heads % config.num_kv_heads == 0, ValueError)
-      << "num_qo_heads " << config.num_qo_heads << " is not a multiple of num_kv_heads "
-      << config.num_kv_heads;
-  TVM_FLASHINFER_CHECK(init->device.device_type == kDLCPU, NotImplementedError)
-      << "argument `init` is on device type " << static_cast<int>(init->device.device_type)
-      << ": this build runs KV caches on the CPU";
-  KernelHandle handle(std::move(kernel));
-  const auto check_kernel = [](const char* what, const std::string& compiled,
-                               const std::string& asked) {
-    TVM_FLASHINFER_CHECK(compiled == asked, ValueError)
-        << "argument `kernel` was compiled for " << what << " " << compiled
-        << ", the cache is made with " << asked;
-  };
-  check_kernel("head_dim_qk", std::to_string(handle->head_dim_qk),
-               std::to_string(config.head_dim_qk));
-  check_kernel("head_dim_vo", std::to_string(handle->head_dim_vo),
-               std::to_string(config.head_dim_vo));
-  check_kernel("a KV pool of", tvm::ffi::DLDataTypeToString(ToDLDataType(handle->kv_type)),
-               tvm::ffi::DLDataTypeToString(init->dtype));
   return AttentionKVCache(
-      tvm::ffi::make_object<KVCacheObj>(config, std::move(handle), init->dtype, init->device));
+      Creation(bounds, layers, heads, std::move(kernel), std::move(init)).Make());
+}
+
+/*! \brief A sliding window renumbers the tokens it keeps, keys in the pool are rotated already. */
+void CheckNoSlidingWindow(const KVCacheConfig& config) {
+  TVM_FLASHINFER_CHECK(!config.sliding_window, NotImplementedError)
+      << "support_sliding_window is 1 in a cache that rotates keys before it stores them: their "
+      << "positions change as the window slides";
+}
+
+AttentionKVCache CreateKVCacheRope(Shape bounds, Shape layers, Shape heads, Function kernel,
+                                   Tensor init, Tensor frequencies, double magnitude,
+                                   bool interleaved) {
+  const Creation creation(bounds, layers, heads, std::move(kernel), std::move(init));
+  CheckNoSlidingWindow(creation.config);
+  CheckTensor("frequencies", *frequencies.operator->(), {kDLFloat, 32, 1}, {kDLCPU, 0}, {-1});
+  RopeConfig rope;
+  const int64_t pairs = frequencies->shape[frequencies->ndim - 1];
+  TVM_FLASHINFER_CHECK(2 * pairs <= creation.config.head_dim_qk, ValueError)
+      << "argument `frequencies` has " << pairs << " entries, one for each pair of at most "
+      << creation.config.head_dim_qk << " elements of a head";
+  const auto* data = static_cast<const float*>(DataOf(*frequencies.operator->()));
+  rope.frequencies.assign(data, data + pairs);
+  rope.magnitude = static_cast<float>(magnitude);
+  rope.interleaved = interleaved;
+  return AttentionKVCache(creation.Make(std::move(rope)));
+}
+
+AttentionKVCache CreateKVCacheSplitRotary(Shape bounds, Shape layers, Shape heads, Function kernel,
+                                          Tensor init, Function split_rotary,
+                                          tvm::ffi::Optional<Tensor> extension_factors) {
+  const Creation creation(bounds, layers, heads, std::move(kernel), std::move(init));
+  CheckNoSlidingWindow(creation.config);
+  auto cache = creation.Make();
+  cache->UseSplitRotary({std::move(split_rotary), std::move(extension_factors)});
+  return AttentionKVCache(std::move(cache));
 }
 
 KVCacheObj* Ours(const AttentionKVCache& cache) {
@@ -93,6 +151,8 @@ void DebugSetKV(AttentionKVCache cache, int64_t seq_id, int64_t start_pos, Tenso
 TVM_FFI_STATIC_INIT_BLOCK() {
   tvm::ffi::reflection::GlobalDef()
       .def("tvm_flashinfer.kv_cache_create", CreateKVCache)
+      .def("tvm_flashinfer.kv_cache_create_rope", CreateKVCacheRope)
+      .def("tvm_flashinfer.kv_cache_create_split_rotary", CreateKVCacheSplitRotary)
       .def("tvm_flashinfer.kv_cache_attention", KVCacheAttention<false>)
       .def("tvm_flashinfer.kv_cache_attention_bhsd", KVCacheAttention<true>)
       .def("tvm_flashinfer.kv_cache_debug_set_kv", DebugSetKV);

@@ -5,8 +5,6 @@
 #ifndef TVM_FLASHINFER_RUNTIME_PAGE_TABLE_H_
 #define TVM_FLASHINFER_RUNTIME_PAGE_TABLE_H_
 
-
-
 #include <algorithm>
 #include <cstdint>
 #include <unordered_map>
@@ -17,16 +15,62 @@
 
 namespace tvm_flashinfer {
 
-/*! \brief A sequence's tokens: page `i` holds tokens [i * page_size, (i + 1) * page_size). */
+/*!
+ * \brief Drafted tokens at the end of a sequence, of which one path will be kept.
+ *
+ * Node i lies i tokens after the committed ones, and sees those and its ancestors.
+ */
+struct TokenTree {
+  std::vector<int32_t> parents;  //!< of a node: a lower node, or -1 for the last committed token
+  std::vector<int32_t> depths;   //!< ancestors of a node
+
+  bool empty() const { return parents.empty(); }
+  int32_t size() const { return static_cast<int32_t>(parents.size()); }
+  /*! \brief Whether it is a mere sequence, which needs no special layout. */
+  bool is_chain() const {
+    for (int32_t i = 0; i < size(); ++i) {
+      if (parents[i] != i - 1) return false;
+    }
+    return true;
+  }
+  void Add(int32_t parent) {
+    parents.push_back(parent);
+    depths.push_back(parent < 0 ? 0 : depths[parent] + 1);
+  }
+  void Truncate(int32_t size) {
+    parents.resize(size);
+    depths.resize(size);
+  }
+};
+
+/*!
+ * \brief A sequence's tokens, in the slots of its pages: page i holds slots
+ * [i * page_size, (i + 1) * page_size).
+ *
+ * Tokens fill the slots in order, but for one hole: a sliding window drops tokens that follow the
+ * attention sink, and only pages that are dropped whole leave the list.
+ */
 struct Sequence {
   std::vector<int32_t> pages;
-  int32_t length = 0;
+  int32_t length = 0;                     //!< tokens
+  int32_t hole_begin = 0, hole_size = 0;  //!< in slots
+  int32_t window = 0;                     //!< most tokens kept between steps; 0: all
+  int32_t sink = 0;                       //!< first tokens, which the window never drops
+  TokenTree tree;                         //!< of the last tokens, until one path is committed
+
+  int32_t Slot(int32_t token) const {
+    return hole_size != 0 && token >= hole_begin ? token + hole_size : token;
+  }
+  /*! \brief Slots that `tokens` tokens span, the hole included. */
+  int32_t Span(int32_t tokens) const { return tokens == 0 ? 0 : Slot(tokens - 1) + 1; }
 };
 
 /*! \brief One sequence of a step and the tokens it gains. */
 struct AppendRequest {
   Sequence* sequence;
   int32_t count;
+  //! The sequence's token tree after the append; null where its tokens are a chain.
+  const TokenTree* tree = nullptr;
 };
 
 /*! \brief A partial page to copy before the step writes. */
@@ -46,6 +90,7 @@ class PageTable {
   int32_t num_pages() const { return static_cast<int32_t>(references_.size()); }
   int32_t num_free() const { return static_cast<int32_t>(free_.size()); }
   int64_t total_length() const { return total_length_; }
+  bool empty() const { return sequences_.empty(); }
 
   void Clear() {
     sequences_.clear();
@@ -56,22 +101,26 @@ class PageTable {
     total_length_ = 0;
   }
 
-  void Add(int64_t id) {
+  void CheckAbsent(const char* name, int64_t id) const {
     TVM_FLASHINFER_CHECK(sequences_.count(id) == 0, ValueError)
-        << "seq_id " << id << " is in the KV cache already";
+        << name << " " << id << " is in the KV cache already";
+  }
+
+  void Add(int64_t id) {
+    CheckAbsent("seq_id", id);
     sequences_[id].pages.reserve(num_pages());
   }
 
   Sequence* Find(int64_t id) {
     auto it = sequences_.find(id);
-    TVM_FLASHINFER_CHECK(it != sequences_.end(), ValueError) << "seq_id " << id << " is not in the KV cache";
+    TVM_FLASHINFER_CHECK(it != sequences_.end(), ValueError)
+        << "seq_id " << id << " is not in the KV cache";
     return &it->second;
   }
   const Sequence* Find(int64_t id) const { return const_cast<PageTable*>(this)->Find(id); }
 
   void Remove(int64_t id) {
-    Sequence* sequence = Find(id);
-    Truncate(sequence, 0);
+    Truncate(Find(id), 0);
     sequences_.erase(id);
   }
 
@@ -81,13 +130,16 @@ class PageTable {
     TVM_FLASHINFER_CHECK(position >= -1 && position <= parent->length, ValueError)
         << "fork_pos " << position << " is outside [-1, " << parent->length
         << "], the length of parent seq_id " << parent_id;
-    TVM_FLASHINFER_CHECK(sequences_.count(child_id) == 0, ValueError)
-        << "child_seq_id " << child_id << " is in the KV cache already";
+    CheckAbsent("child_seq_id", child_id);
     Add(child_id);
-    parent = Find(parent_id);  // Add may have rehashed
     Sequence* child = Find(child_id);
     child->length = position == -1 ? parent->length : static_cast<int32_t>(position);
-    child->pages.assign(parent->pages.begin(), parent->pages.begin() + NumPages(child->length));
+    if (child->length > parent->hole_begin) {
+      child->hole_begin = parent->hole_begin;
+      child->hole_size = parent->hole_size;
+    }
+    const int32_t pages = NumPages(child->Span(child->length));
+    child->pages.assign(parent->pages.begin(), parent->pages.begin() + pages);
     for (int32_t page : child->pages) ++references_[page];
     total_length_ += child->length;
   }
@@ -98,6 +150,23 @@ class PageTable {
         << "cannot pop n = " << n << " tokens from seq_id " << id << " of length "
         << sequence->length;
     Truncate(sequence, sequence->length - n);
+  }
+
+  /*! \brief Drop what lies before the window and after the sink; free the pages that held it. */
+  void Slide(Sequence* sequence) {
+    const int32_t drop = sequence->length - sequence->window;
+    if (sequence->window == 0 || drop <= 0) return;
+    if (sequence->hole_size == 0) sequence->hole_begin = sequence->sink;
+    sequence->hole_size += drop;
+    sequence->length -= drop;
+    total_length_ -= drop;
+    const int32_t first = NumPages(sequence->hole_begin);  // the first page wholly after the sink
+    const int32_t count = (sequence->hole_begin + sequence->hole_size) / page_size_ - first;
+    if (count <= 0) return;
+    const auto begin = sequence->pages.begin() + first;
+    for (auto page = begin; page != begin + count; ++page) Release(*page);
+    sequence->pages.erase(begin, begin + count);
+    sequence->hole_size -= count * page_size_;
   }
 
   /*!
@@ -112,8 +181,7 @@ class PageTable {
     kv_indptr->assign(1, 0);
     kv_indices->clear();
     for (const AppendRequest& r : requests) {
-      taken += CopiesLastPage(r) + NumPages(r.sequence->length + r.count) -
-               NumPages(r.sequence->length);
+      taken += CopiesLastPage(r) + PagesAfter(r) - static_cast<int32_t>(r.sequence->pages.size());
       if (CopiesLastPage(r)) ++pending_[r.sequence->pages.back()];
     }
     for (const AppendRequest& r : requests) ClearPending(r);
@@ -128,8 +196,8 @@ class PageTable {
         ++pending_[pages.back()];
         kv_indices->back() = NextFree(taken++);
       }
-      const int32_t end = NumPages(r.sequence->length + r.count);
-      for (int32_t i = NumPages(r.sequence->length); i < end; ++i) {
+      const int32_t end = PagesAfter(r);
+      for (int32_t i = static_cast<int32_t>(pages.size()); i < end; ++i) {
         kv_indices->push_back(NextFree(taken++));
       }
       kv_indptr->push_back(static_cast<int32_t>(kv_indices->size()));
@@ -149,20 +217,22 @@ class PageTable {
         --references_[pages.back()];
         pages.back() = page;
       }
+      const int32_t end = PagesAfter(r);
+      while (static_cast<int32_t>(pages.size()) < end) pages.push_back(Take());
       r.sequence->length += r.count;
       total_length_ += r.count;
-      while (static_cast<int32_t>(pages.size()) < NumPages(r.sequence->length)) {
-        pages.push_back(Take());
-      }
     }
   }
 
  private:
-  int32_t NumPages(int32_t tokens) const { return (tokens + page_size_ - 1) / page_size_; }
+  int32_t NumPages(int32_t slots) const { return (slots + page_size_ - 1) / page_size_; }
+  int32_t PagesAfter(const AppendRequest& r) const {
+    return NumPages(r.sequence->Span(r.sequence->length + r.count));
+  }
 
   /*! Writing into a partial page that others hold too needs a copy; the last holder needs none. */
   bool CopiesLastPage(const AppendRequest& r) const {
-    if (r.count == 0 || r.sequence->length % page_size_ == 0) return false;
+    if (r.count == 0 || r.sequence->Span(r.sequence->length) % page_size_ == 0) return false;
     const int32_t page = r.sequence->pages.back();
     return references_[page] - pending_[page] > 1;
   }
@@ -177,14 +247,20 @@ class PageTable {
     references_[page] = 1;
     return page;
   }
+  void Release(int32_t page) {
+    if (--references_[page] == 0) free_.push_back(page);
+  }
 
   void Truncate(Sequence* sequence, int32_t length) {
     total_length_ -= sequence->length - length;
+    const int32_t dropped = sequence->length - length;
+    sequence->tree.Truncate(std::max(0, sequence->tree.size() - dropped));
     sequence->length = length;
-    while (static_cast<int32_t>(sequence->pages.size()) > NumPages(length)) {
-      const int32_t page = sequence->pages.back();
+    const int32_t pages = NumPages(sequence->Span(length));
+    if (length <= sequence->hole_begin) sequence->hole_size = 0;
+    while (static_cast<int32_t>(sequence->pages.size()) > pages) {
+      Release(sequence->pages.back());
       sequence->pages.pop_back();
-      if (--references_[page] == 0) free_.push_back(page);
     }
   }
 

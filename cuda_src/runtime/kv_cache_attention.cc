@@ -1,0 +1,170 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// The attention of one layer of a step, in the forms that models call.
+#include <tvm_flashinfer/variant.h>
+
+#include "check.h"
+#include "kv_cache.h"
+#include "tensor_view.h"
+
+namespace tvm_flashinfer {
+
+using tvm::ffi::Optional;
+
+int32_t KVCacheObj::CheckStep(int64_t layer_id) const {
+  TVM_FLASHINFER_CHECK(in_forward_, RuntimeError)
+      << "attention was called outside begin_forward and end_forward";
+  TVM_FLASHINFER_CHECK(layer_id >= config_.layer_begin && layer_id < config_.layer_end, ValueError)
+      << "layer_id " << layer_id << " is outside [" << config_.layer_begin << ", "
+      << config_.layer_end << "), the layers of this cache";
+  return static_cast<int32_t>(layer_id) - config_.layer_begin;
+}
+
+void KVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Optional<Tensor> mask,
+                                       Tensor o_data, double sm_scale) {
+  const int32_t layer = CheckStep(layer_id);
+  TVM_FLASHINFER_CHECK(!mask.has_value(), NotImplementedError)
+      << "argument `mask`: this cache takes its mask from the kernel's variant";
+  TVM_FLASHINFER_CHECK(config_.head_dim_qk == config_.head_dim_vo, ValueError)
+      << "argument `qkv_data` fuses heads of one size, this cache has head_dim_qk "
+      << config_.head_dim_qk << " and head_dim_vo " << config_.head_dim_vo;
+  const int64_t dim = config_.head_dim_qk;
+  const int64_t tokens = layout_.num_tokens();
+  const int64_t heads = config_.num_qo_heads + 2 * config_.num_kv_heads;
+  const DLDataType type = ToDLDataType(kernel_->q_type);
+  CheckTensor("qkv_data", *qkv_data.operator->(), type, device_, {tokens, heads, dim});
+  CheckTensor("o_data", *o_data.operator->(), type, device_, {tokens, config_.num_qo_heads, dim});
+  const TokenHeads o{DataOf(*o_data.operator->()), config_.num_qo_heads * dim, dim};
+  if (split_rotary_.has_value()) {
+    const auto view = [&](const Tensor& whole, int64_t n) {
+      return whole.CreateView({tokens, n, dim}, type);
+    };
+    Tensor q = view(rotated_q_, config_.num_qo_heads);
+    Tensor k = view(rotated_k_, config_.num_kv_heads);
+    Tensor v = view(split_v_, config_.num_kv_heads);
+    Tensor qkv = qkv_data.CreateView({tokens, heads, dim}, type);
+    if (split_rotary_->extension_factors.has_value()) {
+      split_rotary_->function(qkv, GetQueryPositions(), q, k, v, *split_rotary_->extension_factors);
+    } else {
+      split_rotary_->function(qkv, GetQueryPositions(), q, k, v, int64_t{1});
+    }
+    const auto operand = [&](const Tensor& t, int64_t n) {
+      return TokenHeads{DataOf(*t.operator->()), n * dim, dim};
+    };
+    Append(layer, operand(k, config_.num_kv_heads), operand(v, config_.num_kv_heads));
+    Attend(layer, sm_scale, operand(q, config_.num_qo_heads), o);
+    return;
+  }
+  char* data = static_cast<char*>(DataOf(*qkv_data.operator->()));
+  const auto head = [&](int64_t first) {
+    return TokenHeads{data + first * dim * (type.bits / 8), heads * dim, dim};
+  };
+  TokenHeads q = head(0), k = head(config_.num_qo_heads);
+  Rotate(&q, &k);
+  Append(layer, k, head(config_.num_qo_heads + config_.num_kv_heads));
+  Attend(layer, sm_scale, q, o);
+}
+
+void KVCacheObj::Attention(int64_t layer_id, double sm_scale, const DLTensor& q, const DLTensor& k,
+                           const DLTensor& v, const DLTensor& o, bool head_major) {
+  const int32_t layer = CheckStep(layer_id);
+  TVM_FLASHINFER_CHECK(!split_rotary_.has_value(), NotImplementedError)
+      << "this cache rotates with the model's own function, which takes fused QKV: call "
+      << "attention_with_fused_qkv";
+  const DLDataType type = ToDLDataType(kernel_->q_type);
+  const int64_t tokens = layout_.num_tokens();
+  const auto operand = [&](const char* name, const DLTensor& t, int64_t heads, int64_t dim,
+                           bool by_head) -> TokenHeads {
+    if (by_head) {
+      CheckTensor(name, t, type, device_, {heads, tokens, dim});
+      return {DataOf(t), dim, tokens * dim};
+    }
+    CheckTensor(name, t, type, device_, {tokens, heads, dim});
+    return {DataOf(t), heads * dim, dim};
+  };
+  TokenHeads q_in = operand("q", q, config_.num_qo_heads, config_.head_dim_qk, head_major);
+  TokenHeads k_in = operand("k", k, config_.num_kv_heads, config_.head_dim_qk, head_major);
+  const TokenHeads v_in = operand("v", v, config_.num_kv_heads, config_.head_dim_vo, head_major);
+  const TokenHeads out = operand("o", o, config_.num_qo_heads, config_.head_dim_vo, false);
+  Rotate(&q_in, &k_in);
+  Append(layer, k_in, v_in);
+  Attend(layer, sm_scale, q_in, out);
+}
+
+void KVCacheObj::AttentionWithSharedKV(int64_t source_layer_id, Tensor q_data,
+                                       Tensor current_k_data, Tensor current_v_data, Tensor o_data,
+                                       double sm_scale) {
+  const int32_t layer = CheckStep(source_layer_id);
+  const DLDataType type = ToDLDataType(kernel_->q_type);
+  const int64_t tokens = layout_.num_tokens();
+  const int64_t qk = config_.head_dim_qk, vo = config_.head_dim_vo;
+  const int64_t qo_heads = config_.num_qo_heads, kv_heads = config_.num_kv_heads;
+  CheckTensor("q_data", *q_data.operator->(), type, device_, {tokens, qo_heads, qk});
+  CheckTensor("current_k_data", *current_k_data.operator->(), type, device_,
+              {tokens, kv_heads, qk});
+  CheckTensor("current_v_data", *current_v_data.operator->(), type, device_,
+              {tokens, kv_heads, vo});
+  CheckTensor("o_data", *o_data.operator->(), type, device_, {tokens, qo_heads, vo});
+  // The source layer has appended the current keys and values: the pool holds all there is.
+  Attend(layer, sm_scale, {DataOf(*q_data.operator->()), qo_heads * qk, qk},
+         {DataOf(*o_data.operator->()), qo_heads * vo, vo});
+}
+
+void KVCacheObj::Rotate(TokenHeads* q, TokenHeads* k) {
+  if (!rope_.has_value()) return;
+  const int64_t dim = config_.head_dim_qk;
+  const auto rotate = [&](TokenHeads* operand, const Tensor& to, int32_t heads) {
+    const TokenHeads rotated{DataOf(*to.operator->()), heads * dim, dim};
+    rope_->Rotate(kernel_->q_type, *operand, rotated, heads, config_.head_dim_qk);
+    *operand = rotated;
+  };
+  rotate(q, rotated_q_, config_.num_qo_heads);
+  rotate(k, rotated_k_, config_.num_kv_heads);
+}
+
+void KVCacheObj::Append(int32_t layer, TokenHeads k, TokenHeads v) {
+  const auto append = [&](TokenHeads source, char* pool, const KVStrides& strides, int32_t dim) {
+    AppendParams params;
+    params.source = source.data;
+    params.source_token_stride = source.token_stride;
+    params.source_head_stride = source.head_stride;
+    params.pool = pool;
+    params.strides = strides;
+    params.slots = layout_.slots().data();
+    params.page_size = config_.page_size;
+    params.num_heads = config_.num_kv_heads;
+    params.dim = dim;
+    executor_.Append(params, layout_.num_tokens());
+  };
+  append(k, layers_[layer].k, k_strides_, config_.head_dim_qk);
+  append(v, layers_[layer].v, v_strides_, config_.head_dim_vo);
+}
+
+void KVCacheObj::Attend(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o) {
+  static const StandardVariantParams kVariantParams{};
+  AttentionParams params{};
+  params.q = q.data;
+  params.k = layers_[layer].k;
+  params.v = layers_[layer].v;
+  params.o = o.data;
+  params.variant_params = &kVariantParams;
+  params.q_token_stride = q.token_stride;
+  params.q_head_stride = q.head_stride;
+  params.o_token_stride = o.token_stride;
+  params.o_head_stride = o.head_stride;
+  params.k_strides = k_strides_;
+  params.v_strides = v_strides_;
+  params.page_size = config_.page_size;
+  if (layout_.by_token()) {  // blocks of one token, numbered in token strides
+    params.page_size = 1;
+    params.k_strides.page = k_strides_.token;
+    params.v_strides.page = v_strides_.token;
+  }
+  params.num_qo_heads = config_.num_qo_heads;
+  params.num_kv_heads = config_.num_kv_heads;
+  params.sm_scale = static_cast<float>(sm_scale);
+  plan_->Describe(&params);
+  executor_.Run(params);
+}
+
+}  // namespace tvm_flashinfer

@@ -1,0 +1,44 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// Parts of TVM's contract that this release doesn't serve: each throws and says so.
+#include "check.h"
+#include "kv_cache.h"
+
+namespace tvm_flashinfer {
+
+using tvm::ffi::String;
+
+namespace {
+[[noreturn]] void Unserved(const char* what) {
+  TVM_FFI_THROW(NotImplementedError)
+      << "tvm_flashinfer.KVCache does not serve " << what << " in this release";
+  __builtin_unreachable();
+}
+}  // namespace
+
+String KVCacheObj::GetCheckpointMetadata(int64_t) const { Unserved("get_checkpoint_metadata"); }
+String KVCacheObj::GetLayoutHash() const { Unserved("get_layout_hash"); }
+void KVCacheObj::ExportPageGroup(int64_t, int64_t, Tensor) { Unserved("export_page_group"); }
+void KVCacheObj::PrepareImport(int64_t, String) { Unserved("prepare_import"); }
+void KVCacheObj::ImportPageGroup(int64_t, int64_t, Tensor) { Unserved("import_page_group"); }
+void KVCacheObj::FinishImport(int64_t) { Unserved("finish_import"); }
+Shape KVCacheObj::DisaggPrepareRecv(int64_t, int) { Unserved("disagg_prepare_recv"); }
+void KVCacheObj::DisaggMarkSend(int64_t, int64_t, const Shape&, int32_t) {
+  Unserved("disagg_mark_send");
+}
+void KVCacheObj::SelfAttention(int64_t, Tensor, Tensor, Tensor, Tensor, Tensor, double) {
+  Unserved("self_attention");
+}
+void KVCacheObj::CrossAttention(int64_t, Tensor, Tensor, Tensor, double) {
+  Unserved("cross_attention");
+}
+void KVCacheObj::AppendMLAKV(int64_t, Tensor) { Unserved("append_mla_kv"); }
+tvm::ffi::Array<Tensor> KVCacheObj::MergeAttnOutputInplace(Tensor, Tensor, Tensor, Tensor) {
+  Unserved("merge_attn_output_inplace");
+}
+void KVCacheObj::LinearAttention(int64_t, Tensor, Tensor, Tensor, double) {
+  Unserved("linear_attention");
+}
+void KVCacheObj::DebugGetKVMLA(int64_t, int64_t, int64_t, Tensor) { Unserved("debug_get_kv_mla"); }
+
+}  // namespace tvm_flashinfer

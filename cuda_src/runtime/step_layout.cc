@@ -1,0 +1,141 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+#include "step_layout.h"
+
+#include <algorithm>
+
+namespace tvm_flashinfer {
+
+void StepLayout::Reserve(int32_t max_requests, int32_t max_tokens, int64_t max_pages) {
+  qo_indptr_.reserve(max_requests + 1);
+  kv_len_.reserve(max_requests);
+  positions_.reserve(max_tokens);
+  slots_.reserve(max_tokens);
+  Level& level = levels_[0];  // steps of whole sequences; the others may allocate
+  level.qo_indptr.reserve(max_requests + 1);
+  level.kv_indptr.reserve(max_requests + 1);
+  level.kv_indices.reserve(max_pages);
+  level.last_block_len.reserve(max_requests);
+  level.kv_position.reserve(max_requests);
+}
+
+void StepLayout::Level::Clear() {
+  qo_indptr.assign(1, 0);
+  kv_indptr.assign(1, 0);
+  kv_indices.clear();
+  last_block_len.clear();
+  kv_position.clear();
+}
+
+void StepLayout::Level::EndRow(int32_t num_queries, int32_t last_len, int32_t position) {
+  qo_indptr.push_back(qo_indptr.back() + num_queries);
+  kv_indptr.push_back(static_cast<int32_t>(kv_indices.size()));
+  last_block_len.push_back(last_len);
+  kv_position.push_back(position);
+}
+
+void StepLayout::Build(const std::vector<AppendRequest>& requests,
+                       const std::vector<int32_t>& page_indptr, const std::vector<int32_t>& pages) {
+  by_token_ = false;
+  num_levels_ = 1;
+  for (const AppendRequest& r : requests) {
+    if (r.tree != nullptr) num_levels_ = 2;
+    by_token_ = by_token_ || r.tree != nullptr || r.sequence->hole_size != 0;
+  }
+  for (Level& level : levels_) level.Clear();
+  qo_indptr_.assign(1, 0);
+  kv_len_.clear();
+  positions_.clear();
+  slots_.clear();
+  for (size_t i = 0; i < requests.size(); ++i) {
+    const AppendRequest& r = requests[i];
+    const Sequence& sequence = *r.sequence;
+    const int32_t* own = pages.data() + page_indptr[i];
+    const int32_t length = sequence.length + r.count;
+    const int32_t tree_size = r.tree == nullptr ? 0 : r.tree->size();
+    qo_indptr_.push_back(qo_indptr_.back() + r.count);
+    kv_len_.push_back(length);
+    for (int32_t token = sequence.length; token < length; ++token) {
+      const int32_t slot = sequence.Slot(token);
+      slots_.push_back(int64_t{own[slot / page_size_]} * page_size_ + slot % page_size_);
+      const int32_t node = token - (length - tree_size);
+      positions_.push_back(tree_size == 0 ? token : length - tree_size + r.tree->depths[node]);
+    }
+    if (r.tree != nullptr) {
+      AddTree(r, own);
+      continue;
+    }
+    // The last level covers every query: above it this sequence has an empty row.
+    if (num_levels_ == 2) levels_[0].EndRow(r.count, 0, 0);
+    AddSequence(r, own, page_indptr[i + 1] - page_indptr[i], &levels_[num_levels_ - 1]);
+  }
+}
+
+void StepLayout::AddSequence(const AppendRequest& r, const int32_t* pages, int32_t num_pages,
+                             Level* level) {
+  const int32_t length = r.sequence->length + r.count;
+  if (by_token_) {
+    AddTokens(*r.sequence, pages, 0, length, &level->kv_indices);
+    level->EndRow(r.count, length == 0 ? 0 : 1, 0);
+  } else {
+    level->kv_indices.insert(level->kv_indices.end(), pages, pages + num_pages);
+    level->EndRow(r.count, length == 0 ? 0 : (length - 1) % page_size_ + 1, 0);
+  }
+}
+
+void StepLayout::AddTree(const AppendRequest& r, const int32_t* pages) {
+  const Sequence& sequence = *r.sequence;
+  const TokenTree& tree = *r.tree;
+  const int32_t prefix = sequence.length + r.count - tree.size();
+  AddTokens(sequence, pages, 0, prefix, &levels_[0].kv_indices);
+  levels_[0].EndRow(r.count, prefix == 0 ? 0 : 1, 0);
+  for (int32_t node = tree.size() - r.count; node < tree.size(); ++node) {
+    std::vector<int32_t>& blocks = levels_[1].kv_indices;
+    const size_t begin = blocks.size();
+    for (int32_t at = node; at >= 0; at = tree.parents[at]) {
+      blocks.push_back(Block(sequence, pages, prefix + at));
+    }
+    std::reverse(blocks.begin() + begin, blocks.end());
+    levels_[1].EndRow(1, 1, prefix);
+  }
+}
+
+void StepLayout::AddTokens(const Sequence& sequence, const int32_t* pages, int32_t begin,
+                           int32_t end, std::vector<int32_t>* blocks) const {
+  for (int32_t token = begin; token < end; ++token) {
+    blocks->push_back(Block(sequence, pages, token));
+  }
+}
+
+int32_t StepLayout::Block(const Sequence& sequence, const int32_t* pages, int32_t token) const {
+  const int32_t slot = sequence.Slot(token);
+  return static_cast<int32_t>(pages[slot / page_size_] * page_stride_ + slot % page_size_);
+}
+
+void StepLayout::Describe(ScheduleInput* in) {
+  for (int32_t l = 0; l < num_levels_; ++l) {
+    const Level& level = levels_[l];
+    views_[l].num_rows = level.num_rows();
+    views_[l].qo_indptr = level.qo_indptr.data();
+    views_[l].kv_indptr = level.kv_indptr.data();
+    views_[l].kv_indices = level.kv_indices.data();
+    views_[l].last_block_len = level.last_block_len.data();
+    views_[l].kv_position = level.kv_position.data();
+  }
+  in->num_requests = static_cast<int32_t>(kv_len_.size());
+  in->qo_indptr = qo_indptr_.data();
+  in->kv_len = kv_len_.data();
+  in->q_position = positions_.data();
+  in->num_levels = num_levels_;
+  in->levels = views_;
+  in->page_size = by_token_ ? 1 : page_size_;
+}
+
+int64_t StepLayout::num_blocks() const {
+  return static_cast<int64_t>(levels_[0].kv_indices.size() + levels_[1].kv_indices.size());
+}
+
+int32_t StepLayout::num_rows() const {
+  return std::max(levels_[0].num_rows(), levels_[1].num_rows());
+}
+
+}  // namespace tvm_flashinfer

@@ -1,0 +1,85 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// The block-sparse layout of one step, from the page table.
+#ifndef TVM_FLASHINFER_RUNTIME_STEP_LAYOUT_H_
+#define TVM_FLASHINFER_RUNTIME_STEP_LAYOUT_H_
+
+#include <tvm_flashinfer/schedule.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "page_table.h"
+
+namespace tvm_flashinfer {
+
+/*!
+ * \brief What a step attends, as levels of a block-sparse layout.
+ *
+ * Whole sequences are one level of rows whose blocks are pages. Two things need blocks of a single
+ * token over the same pool (no key or value moves, only indices differ):
+ * - a slid window, whose pages have a hole in them;
+ * - a token tree: every node is a row of its own, of its ancestors and itself, on a second level
+ *   below a row of the tree's nodes over the tokens before the tree.
+ */
+class StepLayout {
+ public:
+  /*!
+   * \param page_size Tokens of a page of the pool.
+   * \param page_stride Distance of pages over distance of tokens in the pool.
+   */
+  StepLayout(int32_t page_size, int64_t page_stride)
+      : page_size_(page_size), page_stride_(page_stride) {}
+
+  void Reserve(int32_t max_requests, int32_t max_tokens, int64_t max_pages);
+
+  /*!
+   * \brief Lay out a step.
+   * \param requests Sequences as they are before the step.
+   * \param page_indptr, pages Their pages after the append, from PageTable::Preview.
+   */
+  void Build(const std::vector<AppendRequest>& requests, const std::vector<int32_t>& page_indptr,
+             const std::vector<int32_t>& pages);
+
+  /*! \brief Whether blocks are single tokens rather than pages. */
+  bool by_token() const { return by_token_; }
+  int32_t num_levels() const { return num_levels_; }
+  /*! \brief Fill in what the scheduler needs of the layout; valid until the next Build. */
+  void Describe(ScheduleInput* in);
+  int32_t num_tokens() const { return static_cast<int32_t>(slots_.size()); }
+  int64_t num_blocks() const;
+  int32_t num_rows() const;
+  //! [token] Where the pool takes it: page * page_size + slot.
+  const std::vector<int64_t>& slots() const { return slots_; }
+  //! [token] Its position in its sequence; in a tree, by depth.
+  const std::vector<int32_t>& positions() const { return positions_; }
+
+ private:
+  struct Level {
+    std::vector<int32_t> qo_indptr, kv_indptr, kv_indices, last_block_len, kv_position;
+
+    void Clear();
+    void EndRow(int32_t num_queries, int32_t last_len, int32_t position);
+    int32_t num_rows() const { return static_cast<int32_t>(last_block_len.size()); }
+  };
+
+  void AddSequence(const AppendRequest& r, const int32_t* pages, int32_t num_pages, Level* level);
+  void AddTree(const AppendRequest& r, const int32_t* pages);
+  /*! Append tokens [begin, end) of a sequence as blocks. */
+  void AddTokens(const Sequence& sequence, const int32_t* pages, int32_t begin, int32_t end,
+                 std::vector<int32_t>* blocks) const;
+  int32_t Block(const Sequence& sequence, const int32_t* pages, int32_t token) const;
+
+  int32_t page_size_;
+  int64_t page_stride_;
+  bool by_token_ = false;
+  int32_t num_levels_ = 1;
+  std::vector<int32_t> qo_indptr_, kv_len_, positions_;
+  std::vector<int64_t> slots_;
+  Level levels_[2];
+  LayoutLevel views_[2];
+};
+
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_RUNTIME_STEP_LAYOUT_H_

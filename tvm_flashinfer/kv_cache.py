@@ -1,0 +1,245 @@
+"""The paged KV cache, as a Python object.
+
+:class:`KVCache` makes the cache that compiled models use and drives it through TVM's own
+``vm.builtin`` functions, so whatever works here works under the VM and under MLC's engine::
+
+    cache = KVCache.create(
+        num_layers=2, num_qo_heads=8, num_kv_heads=2, head_dim=64, max_total_seq_len=4096
+    )
+    cache.add_sequence(0)
+    with cache.step([0], [n]):                    # n new tokens of sequence 0
+        for layer in range(2):
+            cache.attention(layer, q, k, v, out)  # q: [n, 8, 64], k and v: [n, 2, 64]
+
+Tensors are TVM's, or anything with DLPack. What the cache can't do ends in an exception whose
+message says what was given and what is accepted, and leaves the cache as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache as memoize
+from typing import Any
+
+import tvm
+import tvm_ffi
+
+from . import _library
+from .jit import AttentionSpec, Progress, build_attention, load_kernel
+
+
+@memoize
+def _function(name: str) -> Any:
+    """A packed function by name; ours exist once the library is loaded."""
+    _library.load()
+    return tvm.get_global_func(name)
+
+
+class KVCache:
+    """Keys and values of many sequences, in pages of one pool.
+
+    A sequence is an integer id that the caller chooses. Sequences that were forked share pages; a
+    page is copied only when one of its holders writes into it.
+
+    Parameters
+    ----------
+    handle : tvm_flashinfer.KVCache
+        The object that packed functions take; :meth:`create` makes one.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        num_layers: int,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_total_seq_len: int,
+        head_dim_vo: int | None = None,
+        max_batch_size: int = 32,
+        prefill_chunk_size: int = 2048,
+        page_size: int = 16,
+        dtype: str = "float32",
+        kv_dtype: str | None = None,
+        first_layer: int = 0,
+        mcpu: str = "native",
+        progress: Progress | None = None,
+    ) -> KVCache:
+        """Make an empty cache on the CPU, compiling its attention kernel unless it is cached.
+
+        Parameters
+        ----------
+        num_layers, first_layer : int
+            The cache serves layers ``first_layer`` to ``first_layer + num_layers - 1``.
+        num_qo_heads, num_kv_heads : int
+            Query heads, and the key/value heads they share evenly.
+        head_dim, head_dim_vo : int
+            Elements of a query/key head, and of a value/output head (the same unless given).
+        max_total_seq_len : int
+            Tokens that the pool holds, over all sequences; shared pages count once.
+        max_batch_size, prefill_chunk_size : int
+            A step holds at most ``max_batch_size`` sequences and the larger of the two in tokens.
+        page_size : int
+            Tokens of a page, at least 1.
+        dtype, kv_dtype : str
+            Of queries and outputs, and of the pool (the same unless given).
+        mcpu : str
+            The CPU to compile the kernel for.
+        progress : callable, optional
+            Told, in a sentence, when a compile starts.
+
+        Raises
+        ------
+        ValueError
+            If a bound, a size or a dtype is not accepted.
+        CompilerError
+            If the kernel has to be compiled and can't be.
+        """
+        dim_vo = head_dim if head_dim_vo is None else head_dim_vo
+        pool_dtype = dtype if kv_dtype is None else kv_dtype
+        spec = AttentionSpec(dtype, pool_dtype, head_dim, dim_vo)
+        kernel = load_kernel(build_attention(spec, mcpu=mcpu, progress=progress))
+        bounds = (max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, 0)
+        handle = _function("tvm_flashinfer.kv_cache_create")(
+            tvm_ffi.Shape(bounds),
+            tvm_ffi.Shape((first_layer, first_layer + num_layers)),
+            tvm_ffi.Shape((num_qo_heads, num_kv_heads, head_dim, dim_vo)),
+            kernel,
+            tvm.runtime.empty((0,), pool_dtype),
+        )
+        return cls(handle)
+
+    def _call(self, name: str, *args: Any) -> Any:
+        return _function(f"vm.builtin.{name}")(self.handle, *args)
+
+    # -- sequences
+
+    def add_sequence(self, seq_id: int) -> None:
+        """Add an empty sequence; ValueError if the id is taken."""
+        self._call("kv_state_add_sequence", seq_id)
+
+    def remove_sequence(self, seq_id: int) -> None:
+        """Forget a sequence; pages that nobody else holds are free again."""
+        self._call("kv_state_remove_sequence", seq_id)
+
+    def fork_sequence(self, parent: int, child: int, position: int = -1) -> None:
+        """Add ``child`` with the first ``position`` tokens of ``parent``; -1 is all of them."""
+        self._call("kv_state_fork_sequence", parent, child, position)
+
+    def pop(self, seq_id: int, count: int) -> None:
+        """Forget the last ``count`` tokens of a sequence."""
+        self._call("kv_state_popn", seq_id, count)
+
+    def clear(self) -> None:
+        """Forget every sequence, and a step that was begun."""
+        self._call("kv_state_clear")
+
+    # -- a step
+
+    def begin_forward(self, seq_ids: Sequence[int], lengths: Sequence[int]) -> None:
+        """Plan a step in which ``seq_ids[i]`` gains ``lengths[i]`` tokens.
+
+        The step's tokens are those of all sequences one after another, in this order.
+
+        Raises
+        ------
+        ValueError
+            If a sequence is unknown or named twice, or the step exceeds the cache's bounds or its
+            free pages. The cache is then as it was.
+        """
+        self._call("kv_state_begin_forward", tvm_ffi.Shape(seq_ids), tvm_ffi.Shape(lengths))
+
+    def end_forward(self) -> None:
+        """End the step; RuntimeError if none was begun."""
+        self._call("kv_state_end_forward")
+
+    @contextmanager
+    def step(self, seq_ids: Sequence[int], lengths: Sequence[int]) -> Iterator[None]:
+        """:meth:`begin_forward` on entry, :meth:`end_forward` on exit."""
+        self.begin_forward(seq_ids, lengths)
+        try:
+            yield
+        finally:
+            self.end_forward()
+
+    def attention(
+        self,
+        layer_id: int,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        *,
+        sm_scale: float | None = None,
+        head_major: bool = False,
+    ) -> None:
+        """Append the step's keys and values to a layer, then attend causally over all of them.
+
+        Parameters
+        ----------
+        q, k, v : Tensor
+            ``[tokens, heads, dim]``, or ``[heads, tokens, dim]`` with ``head_major``; a leading
+            axis of 1 is accepted. dtype as the cache's queries.
+        out : Tensor
+            ``[tokens, num_qo_heads, head_dim_vo]``, written.
+        sm_scale : float, optional
+            Multiplies the logits; ``head_dim ** -0.5`` unless given.
+        """
+        if sm_scale is None:
+            sm_scale = q.shape[-1] ** -0.5
+        suffix = "_bhsd" if head_major else ""
+        _function(f"tvm_flashinfer.kv_cache_attention{suffix}")(
+            self.handle, layer_id, sm_scale, q, k, v, out
+        )
+
+    def attention_fused_qkv(
+        self, layer_id: int, qkv: Any, out: Any, *, sm_scale: float | None = None
+    ) -> None:
+        """As :meth:`attention`, of one tensor ``[tokens, query + 2 * kv heads, dim]``."""
+        if sm_scale is None:
+            sm_scale = qkv.shape[-1] ** -0.5
+        self._call("attention_kv_cache_attention_with_fused_qkv", layer_id, sm_scale, qkv, out)
+
+    def query_positions(self) -> Any:
+        """Positions of the step's tokens in their sequences: int32 ``[tokens]``."""
+        return self._call("attention_kv_cache_get_query_positions")
+
+    # -- what is in it
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no sequence holds."""
+        return int(self._call("attention_kv_cache_get_num_available_pages"))
+
+    @property
+    def total_length(self) -> int:
+        """Tokens of all sequences; shared ones count in each."""
+        return int(self._call("attention_kv_cache_get_total_sequence_length"))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no sequence and every page is free."""
+        return bool(self._call("attention_kv_cache_empty"))
+
+    def length(self, seq_id: int) -> int:
+        """Tokens of a sequence."""
+        return int(self._call("attention_kv_cache_get_sequence_length", seq_id))
+
+    def get_kv(self, seq_id: int, begin: int, end: int, k: Any, v: Any) -> None:
+        """Copy tokens ``[begin, end)`` of every layer into ``k`` and ``v``.
+
+        Both are ``[layers, end - begin, num_kv_heads, dim]`` in the pool's dtype.
+        """
+        self._call("attention_kv_cache_debug_get_kv", seq_id, begin, end, k, v)
+
+    def set_kv(self, seq_id: int, begin: int, k: Any, v: Any) -> None:
+        """Overwrite the tokens from ``begin`` on with ``k`` and ``v``, laid out as in get_kv.
+
+        A page that is shared changes for every sequence that holds it.
+        """
+        _function("tvm_flashinfer.kv_cache_debug_set_kv")(self.handle, seq_id, begin, k, v)
