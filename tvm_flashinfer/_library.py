@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from tvm_flashinfer._blas import register_blas
+
 LIBRARY_NAME = "libtvm_flashinfer.so"
 ENV_LIBRARY = "TVM_FLASHINFER_LIBRARY"
 
@@ -137,6 +139,7 @@ def load() -> Path:
         ctypes.CDLL(str(path))
     except OSError as error:
         raise LibraryError(f"{path} can't be loaded: {error}") from error
+    register_blas()
     return path
 
 
