@@ -85,6 +85,11 @@ class BatchAttention:
         Chunks the scheduler may cut per worker.
     progress : callable, optional
         Told, in a sentence, when a kernel is compiled; by default standard error is.
+
+    Attributes
+    ----------
+    handle : object
+        What the packed functions ``tvm_flashinfer.batch_attention_*`` take as first argument.
     """
 
     def __init__(
@@ -124,7 +129,7 @@ class BatchAttention:
         heads = [num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo]
         create = _packed("batch_attention_create")
         kernel = _kernel_of(self.spec, progress)
-        self._handle = create(kernel, tvm_ffi.Shape(bounds), tvm_ffi.Shape(heads), kv_layout)
+        self.handle = create(kernel, tvm_ffi.Shape(bounds), tvm_ffi.Shape(heads), kv_layout)
 
     def plan(
         self,
@@ -172,7 +177,7 @@ class BatchAttention:
         ]
         position = layout.q_position
         _packed("batch_attention_plan")(
-            self._handle,
+            self.handle,
             tvm_ffi.from_dlpack(layout.qo_indptr),
             tvm_ffi.from_dlpack(layout.kv_len),
             levels,
@@ -227,7 +232,7 @@ class BatchAttention:
         if lse is None and return_lse:
             lse = empty_like(q, lead, "float32")
         operands = (
-            self._handle,
+            self.handle,
             q_tensor,
             as_tensor("k", k),
             None if v is None else as_tensor("v", v),
@@ -254,7 +259,7 @@ class BatchAttention:
             The pool, as for :meth:`run`.
         """
         _packed("batch_attention_append")(
-            self._handle,
+            self.handle,
             as_tensor("k_new", k_new),
             as_tensor("v_new", v_new),
             as_tensor("slots", slots),
@@ -268,7 +273,7 @@ class BatchAttention:
         ``items`` is ``[n, 8]``, a row per work item: row, q_begin, q_count, kv_begin, kv_count,
         head, partial, level.
         """
-        copy = _packed("batch_attention_section")(self._handle, name)
+        copy = _packed("batch_attention_section")(self.handle, name)
         values = np.asarray(np.from_dlpack(copy), np.int32)
         return values.reshape(-1, 8) if name == "items" else values
 
