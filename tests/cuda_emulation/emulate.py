@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from harness.abi import (
+    QUEUE_TICKETS,
     AttentionParams,
     Batch,
     KVStrides,
@@ -112,7 +113,7 @@ def run(
     lse = np.full(case.q.shape[:2], np.nan, np.float32)
     o_partial = np.full((plan.max_partials, case.num_qo_heads, case.head_dim), np.nan, np.float32)
     lse_partial = np.full((plan.max_partials, case.num_qo_heads), np.nan, np.float32)
-    tickets = np.zeros((tokens, case.num_kv_heads), np.int32)
+    tickets = np.zeros(QUEUE_TICKETS + tokens * case.num_kv_heads, np.int32)
     variant = VariantParams(case.window_left, case.attention_sink, case.soft_cap)
     page, half, head, token = (case.pool.strides[i] // 2 for i in range(4))
     strides = KVStrides(page, head, token)
@@ -135,7 +136,7 @@ def run(
         num_qo_heads=case.num_qo_heads,
         num_kv_heads=case.num_kv_heads,
         sm_scale=case.scale,
-        merge_tickets=tickets.ctypes.data,
+        tickets=tickets.ctypes.data,
     )
     plans.set_plan(params, plan.buffer.ctypes.data, plan.bounds)
     emulate = module.tvm_flashinfer_attention_emulate
@@ -146,5 +147,5 @@ def run(
     if error is not None:
         raise RuntimeError(error.decode())
     if tickets.any():
-        raise RuntimeError("merge tickets did not return to zero")
+        raise RuntimeError("tickets did not return to zero")
     return o.astype(np.float64), lse, plan

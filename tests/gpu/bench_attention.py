@@ -90,9 +90,9 @@ SHAPES = [
 class Bench:
     """Modules and pools shared by the cases."""
 
-    def __init__(self) -> None:
+    def __init__(self, library: Path | None = None) -> None:
         self.plans = PlanLibrary(str(build_plan(FOLDER)))
-        self.module = Module(build(["main"])["main"].library)
+        self.module = Module(library or build(["main"])["main"].library)
         self.floor = ctypes.CDLL(str(build_read_floor(FOLDER, ARCH)))
         self.sink = torch.zeros(16, dtype=torch.uint8, device="cuda")
         self.multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -188,17 +188,20 @@ def default_options(bench: Bench, shape: Shape) -> PlanOptions:
     """The heuristic of a run: tile by mean query length, one worker per resident block."""
     mean = sum(shape.qo_lens) / len(shape.qo_lens) * HEADS / KV_HEADS
     tile_rows = next((r for r in (16, 64, 128) if r >= mean), 128)
-    return PlanOptions(tile_rows=tile_rows, num_workers=bench.module.num_workers(tile_rows))
+    return PlanOptions(
+        tile_rows=tile_rows,
+        num_workers=bench.module.num_workers(tile_rows),
+        shared_tail=20 if tile_rows == 16 else 0,
+    )
 
 
 def sweep(bench: Bench, shape: Shape, options: PlanOptions) -> None:
     """Scheduler knobs, one at a time."""
     knobs = {
-        "min_chunk": (32, 64, 128, 256, 512),
-        "item_overhead": (0, 16, 32, 64, 128, 256),
-        "max_splits": (1, 2, 4, 8, 16),
-        "kv_align": (1, 16, 64),
-        "num_workers": tuple(bench.multiprocessors * n for n in (1, 2, 3, 4, 6)),
+        "min_chunk": (32, 64, 128, 256),
+        "item_overhead": (0, 32, 64, 128, 256),
+        "shared_tail": (0, 10, 20, 30, 50),
+        "num_workers": tuple(bench.multiprocessors * n // 2 for n in (2, 3, 4, 6, 8)),
     }
     for name, values in knobs.items():
         times = [
@@ -213,10 +216,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default="*")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--module", type=Path, help="another build of the main module")
+    parser.add_argument("--sweep", action="store_true", help="vary the scheduler's knobs")
     parser.add_argument("--tiles", action="store_true", help="prefill with every tile")
     arguments = parser.parse_args()
-    bench = Bench()
+    bench = Bench(arguments.module)
     rows = []
     for shape in SHAPES:
         if not fnmatch.fnmatch(shape.name, arguments.cases):

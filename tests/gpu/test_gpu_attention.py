@@ -72,6 +72,13 @@ def test_prefill(modules, plans, tile_rows) -> None:
     check(modules["main"], plans, DeviceCase(batch, pages, 12, 4, 128), tile_rows)
 
 
+def test_shared_tail(modules, plans) -> None:
+    rng = np.random.default_rng(5)
+    lens = rng.integers(1, 9000, 40).tolist()
+    batch, pages = paged([1] * len(lens), lens, 16, rng)
+    check(modules["main"], plans, DeviceCase(batch, pages, 32, 8, 128), 16, shared_tail=25)
+
+
 def test_append_with_many_states(modules, plans) -> None:
     batch, pages = paged([40], [20000], 16, np.random.default_rng(0))
     check(modules["main"], plans, DeviceCase(batch, pages, 8, 1, 128), 64, min_chunk=64)

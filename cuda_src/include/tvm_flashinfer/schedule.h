@@ -51,6 +51,12 @@ struct ScheduleInput {
   int32_t compute_rows = 16;    //!< packed rows at which a KV token's arithmetic costs its bytes
   int32_t item_overhead = 32;   //!< cost of starting an item, in KV tokens
   bool shared_queue = false;    //!< workers take items dynamically from one descending queue
+  /*!
+   * Per cent of every tile's KV that is left, in small chunks, to a queue that all workers take
+   * from once their own is empty. Evens out workers of unequal speed, as multiprocessors that share
+   * memory bandwidth are. Only with queues of their own, and without fixed_chunk.
+   */
+  int32_t shared_tail = 0;
 };
 
 /*! \brief A batch that does not fit the plan's bounds. Nothing was written. */
@@ -121,13 +127,17 @@ class Scheduler {
   struct Tile {
     int32_t row, level, q_begin, q_count, kv_begin, kv_end;
     int32_t num_chunks, chunk;  // chunk: tokens
+    int32_t num_tail;           // chunks left to the shared tail
     int64_t weight;             // cost of one KV token
   };
   struct Chunk {
     int32_t tile, kv_begin, kv_count;
     int32_t partial;  // first partial row, or -1
     int64_t cost;
+    int32_t worker = 0;  // of FillInOrder: within a head's workers, or kSharedTail
   };
+  static constexpr int32_t kSharedTail = -1;
+  static constexpr int32_t kTailChunksPerWorker = 32;
   struct Load {
     int64_t cost;
     int32_t worker;
@@ -244,6 +254,10 @@ class Scheduler {
       }
       for (int32_t q = 0; q < t.q_count; ++q) states_[t.q_begin + q] += t.num_chunks;
     }
+    CountPartials();
+  }
+
+  void CountPartials() {
     num_partials_ = 0;
     for (int64_t i = 0; i < num_tiles_; ++i) {
       const Tile& t = tiles_[i];
@@ -263,7 +277,9 @@ class Scheduler {
   /*!
    * Algorithm 1: bound the chunks by an even share of the total cost, queue them in descending
    * order, give each to the cheapest worker. The paper's share (one per worker) leaves skewed
-   * batches uneven, so the share is halved until the greedy assignment is within 5 %.
+   * batches uneven, and equal lengths too when they do not divide among the workers. Where it is
+   * not within 2 %, queues that workers own are filled in order instead (FillInOrder), if that is
+   * no worse; otherwise the share is halved until the assignment is within 5 %.
    */
   void Balance(const ScheduleInput& in) {
     int64_t total = 0;
@@ -271,35 +287,174 @@ class Scheduler {
       total += int64_t{tiles_[i].kv_end - tiles_[i].kv_begin} * tiles_[i].weight;
     }
     total *= bounds_.num_kv_heads;
+    const bool own_queues = !in.shared_queue && bounds_.num_workers >= bounds_.num_kv_heads;
+    const int64_t in_order = own_queues ? FillInOrder(in) : INT64_MAX;
+    if (own_queues && in.shared_tail > 0) return;
     for (int32_t splits = 1;; splits *= 2) {
       const int64_t shares = int64_t{bounds_.num_workers} * std::min(splits, bounds_.max_splits);
       CutTiles(in, (total + shares - 1) / shares, 0);
       SortAndAssign();
+      if (imbalance_ <= 1.02) return;
+      if (in_order <= worst_) {
+        FillInOrder(in);
+        return;
+      }
       if (imbalance_ <= 1.05 || splits >= bounds_.max_splits) return;
     }
   }
 
-  void SortAndAssign() {
-    // Descending cost, then ascending chunk: one total order, so the plan is deterministic.
+  /*!
+   * Lay the tiles out one after another and cut at even shares: every worker gets one stretch, so
+   * a batch of any lengths is cut at most once per worker and balanced to a chunk's alignment.
+   * Workers are divided among the KV heads, because a tile is cut alike for every head. The end of
+   * every tile goes to the shared tail, if there is one.
+   * \return The highest worker cost, the tail left aside.
+   */
+  int64_t FillInOrder(const ScheduleInput& in) {
+    const int32_t heads = bounds_.num_kv_heads;
+    const int32_t per_head = bounds_.num_workers / heads;
+    const auto cost = [&](const Tile& t, int32_t count) {
+      return (int64_t{count} + in.item_overhead) * t.weight;
+    };
+    const bool has_tail = MarkTails(in, per_head);
+    int64_t left = 0, total = 0;
+    for (int64_t i = 0; i < num_tiles_; ++i) {
+      const Tile& t = tiles_[i];
+      total += cost(t, t.kv_end - t.kv_begin);
+      left += cost(t, t.kv_end - t.kv_begin - t.num_tail * t.chunk);
+    }
+    std::fill(states_.begin(), states_.begin() + in.qo_indptr[in.num_requests] + 1, 0);
+    num_chunks_ = 0;
+    worst_ = 0;
+    const auto emit = [&](int64_t tile, int32_t begin, int32_t count, int32_t worker) {
+      Require(PlanSection::kItems, (num_chunks_ + 1) * heads, layout_.max_items);
+      const int64_t c = cost(tiles_[tile], count);
+      chunks_[num_chunks_++] = {static_cast<int32_t>(tile), begin, count, -1, c, worker};
+      ++tiles_[tile].num_chunks;
+      return c;
+    };
+    int32_t worker = 0;
+    int64_t used = 0, share = 0;
+    // Even share of what is left, every further worker starting an item of its own.
+    const auto set_share = [&](int64_t weight) {
+      const int32_t workers = per_head - worker;
+      share = (left + (workers - 1) * (in.item_overhead * weight) + workers - 1) / workers;
+    };
+    const auto next_worker = [&](int64_t weight) {
+      worst_ = std::max(worst_, used);
+      ++worker;
+      used = 0;
+      set_share(weight);
+    };
+    set_share(num_tiles_ > 0 ? tiles_[0].weight : 0);
+    for (int64_t i = 0; i < num_tiles_; ++i) {
+      Tile& t = tiles_[i];
+      t.num_chunks = 0;
+      const int32_t own_end =
+          t.num_tail == 0 ? t.kv_end : (t.kv_end - t.num_tail * t.chunk) / in.kv_align * in.kv_align;
+      int32_t begin = t.kv_begin;
+      const bool last_level = t.level == in.num_levels - 1;
+      while (begin < own_end || (t.num_chunks == 0 && last_level)) {
+        int32_t count = own_end - begin;
+        const int64_t room = (share - used) / t.weight - in.item_overhead;
+        if (room < count && worker + 1 < per_head) {
+          // Cut here, unless either side would be shorter than a chunk is worth.
+          const int32_t cut =
+              static_cast<int32_t>(std::max<int64_t>(room, 0)) / in.kv_align * in.kv_align;
+          if (cut >= in.min_chunk && count - cut >= in.min_chunk) {
+            count = cut;
+          } else if (room < count / 2 && used > 0) {
+            next_worker(t.weight);
+            continue;
+          }
+        }
+        const int64_t c = emit(i, begin, count, worker);
+        begin += count;
+        used += c;
+        // A cut adds the overhead of an item; the rest of the tile still has its own.
+        left -= begin < own_end ? int64_t{count} * t.weight : c;
+        if (used >= share && worker + 1 < per_head) next_worker(t.weight);
+      }
+      for (int32_t n = t.num_tail; n > 0; --n) {
+        const int32_t count = n == 1 ? t.kv_end - begin : t.chunk;
+        emit(i, begin, count, kSharedTail);
+        begin += count;
+      }
+      for (int32_t q = 0; q < t.q_count; ++q) states_[t.q_begin + q] += t.num_chunks;
+    }
+    worst_ = std::max(worst_, used);
+    imbalance_ = total == 0 || has_tail ? 1.0
+                                        : static_cast<double>(worst_) * bounds_.num_workers /
+                                              static_cast<double>(total * heads);
+    SortChunks();
+    for (int64_t i = 0; i < num_chunks_; ++i) {
+      const int32_t owner = chunks_[keys_[i].chunk].worker;
+      for (int32_t h = 0; h < heads; ++h) {
+        owner_[i * heads + h] = owner == kSharedTail ? bounds_.num_workers : h * per_head + owner;
+      }
+    }
+    CountPartials();
+    return worst_;
+  }
+
+  /*!
+   * Decide how many chunks, and of what size, every tile leaves to the shared tail. Tiles shorter
+   * than their share of it pass it on to the next.
+   * \return Whether there is a tail.
+   */
+  bool MarkTails(const ScheduleInput& in, int32_t workers) {
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < num_tiles_; ++i) {
+      tiles_[i].num_tail = 0;
+      tiles_[i].chunk = 0;
+      tokens += tiles_[i].kv_end - tiles_[i].kv_begin;
+    }
+    if (in.shared_tail <= 0) return false;
+    // Small beside what a worker does in all, or they would not even anything out.
+    const int64_t chunk = AlignUp(
+        std::max<int64_t>(in.min_chunk, tokens / workers / kTailChunksPerWorker), in.kv_align);
+    if (tokens * in.shared_tail / 100 < chunk * workers) return false;
+    int64_t owed = 0;
+    for (int64_t i = 0; i < num_tiles_; ++i) {
+      Tile& t = tiles_[i];
+      const int64_t len = t.kv_end - t.kv_begin;
+      owed += len * in.shared_tail / 100;
+      t.chunk = static_cast<int32_t>(chunk);
+      // At most half, so that rounding to kv_align leaves the tile a chunk of its own.
+      t.num_tail = static_cast<int32_t>(std::min(owed, len / 2) / chunk);
+      owed -= t.num_tail * chunk;
+    }
+    return true;
+  }
+
+  static int64_t AlignUp(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+  /*! Descending cost, then ascending chunk: one total order, so the plan is deterministic. */
+  void SortChunks() {
     for (int64_t i = 0; i < num_chunks_; ++i) keys_[i] = {chunks_[i].cost, static_cast<int32_t>(i)};
     std::sort(keys_.begin(), keys_.begin() + num_chunks_, [](const Key& a, const Key& b) {
       return a.cost != b.cost ? a.cost > b.cost : a.chunk < b.chunk;
     });
+  }
+
+  void SortAndAssign() {
+    SortChunks();
     const int32_t heads = bounds_.num_kv_heads;
     for (int32_t w = 0; w < bounds_.num_workers; ++w) heap_[w] = {0, w};
-    int64_t sum = 0, worst = 0;
+    int64_t sum = 0;
+    worst_ = 0;
     for (int64_t i = 0; i < num_chunks_; ++i) {
       for (int32_t h = 0; h < heads; ++h) {
         std::pop_heap(heap_.begin(), heap_.end());
         Load& load = heap_.back();
         load.cost += keys_[i].cost;
         owner_[i * heads + h] = load.worker;
-        worst = std::max(worst, load.cost);
+        worst_ = std::max(worst_, load.cost);
         std::push_heap(heap_.begin(), heap_.end());
       }
       sum += keys_[i].cost * heads;
     }
-    imbalance_ = sum == 0 ? 1.0 : static_cast<double>(worst) * bounds_.num_workers / sum;
+    imbalance_ = sum == 0 ? 1.0 : static_cast<double>(worst_) * bounds_.num_workers / sum;
   }
 
   void Emit(const ScheduleInput& in, int32_t* buffer) {
@@ -330,14 +485,18 @@ class Scheduler {
     std::fill_n(indptr, bounds_.num_workers + 1, 0);
     const int64_t num_items = num_chunks_ * heads;
     if (in.shared_queue) std::fill_n(owner_.begin(), num_items, 0);
-    for (int64_t i = 0; i < num_items; ++i) ++indptr[owner_[i] + 1];
+    for (int64_t i = 0; i < num_items; ++i) {
+      if (owner_[i] < bounds_.num_workers) ++indptr[owner_[i] + 1];
+    }
     for (int32_t w = 0; w < bounds_.num_workers; ++w) indptr[w + 1] += indptr[w];
     auto* items = reinterpret_cast<WorkItem*>(section(PlanSection::kItems));
+    int32_t tail = indptr[bounds_.num_workers];
     for (int64_t i = 0; i < num_chunks_; ++i) {
       const Chunk& c = chunks_[keys_[i].chunk];
       const Tile& t = tiles_[c.tile];
       for (int32_t h = 0; h < heads; ++h) {
-        items[indptr[owner_[i * heads + h]]++] = {t.row,      t.q_begin, t.q_count, c.kv_begin,
+        const int32_t owner = owner_[i * heads + h];
+        items[owner < bounds_.num_workers ? indptr[owner]++ : tail++] = {t.row,      t.q_begin, t.q_count, c.kv_begin,
                                                   c.kv_count, h,         c.partial, t.level};
       }
     }
@@ -419,6 +578,7 @@ class Scheduler {
   int64_t num_tiles_ = 0;
   int64_t num_chunks_ = 0;
   int64_t num_partials_ = 0;
+  int64_t worst_ = 0;  //!< highest worker cost
   double imbalance_ = 1.0;
 };
 

@@ -43,7 +43,7 @@ struct Index {
 /*! \brief A cp.async not yet performed. */
 struct PendingCopy {
   uint8_t* to;
-  const void* from;  //!< null: zeros
+  const void* from;
 };
 
 struct Thread {
@@ -234,10 +234,17 @@ struct BlockIndex {
   } x;
 };
 
+struct GridSize {
+  struct X {
+    operator unsigned() const { return Block::Current().grid(); }
+  } x;
+};
+
 }  // namespace emulation
 
 inline emulation::ThreadIndex threadIdx;
 inline emulation::BlockIndex blockIdx;
+inline emulation::GridSize gridDim;
 
 inline void __syncthreads() {
   auto& block = emulation::Block::Current();
@@ -245,6 +252,18 @@ inline void __syncthreads() {
 }
 inline void __syncwarp() {
   emulation::Block::Current().Warp("__syncwarp", nullptr, [](void**) {});
+}
+
+inline int __any_sync(unsigned, int predicate) {
+  struct Operand {
+    int predicate, result;
+  } self{predicate, 0};
+  emulation::Block::Current().Warp("__any_sync", &self, [](void** all) {
+    int any = 0;
+    for (int i = 0; i < emulation::kLanes; ++i) any |= static_cast<Operand*>(all[i])->predicate;
+    for (int i = 0; i < emulation::kLanes; ++i) static_cast<Operand*>(all[i])->result = any != 0;
+  });
+  return self.result;
 }
 
 template <typename T>

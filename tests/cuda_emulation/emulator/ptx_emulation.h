@@ -21,13 +21,17 @@ inline uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - Block::Current().shared());
 }
 
-inline void CpAsync16(uint32_t shared, const void* global, bool valid) {
+inline void CpAsync16(uint32_t shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     Block::Current().Fail("misaligned global address of cp.async");
   }
   uint8_t* to = Block::Current().Shared(shared, 16);
   std::memset(to, 0xff, 16);
-  Block::Current().thread().open_group.push_back({to, valid ? global : nullptr});
+  Block::Current().thread().open_group.push_back({to, global});
+}
+
+inline void StoreSharedZero16(uint32_t shared) {
+  std::memset(Block::Current().Shared(shared, 16), 0, 16);
 }
 
 inline void CpAsyncCommit() {
@@ -40,13 +44,7 @@ template <int kPending>
 inline void CpAsyncWait() {
   auto& thread = Block::Current().thread();
   while (static_cast<int>(thread.groups.size()) > kPending) {
-    for (const auto& copy : thread.groups.front()) {
-      if (copy.from == nullptr) {
-        std::memset(copy.to, 0, 16);
-      } else {
-        std::memcpy(copy.to, copy.from, 16);
-      }
-    }
+    for (const auto& copy : thread.groups.front()) std::memcpy(copy.to, copy.from, 16);
     thread.groups.pop_front();
   }
 }
@@ -119,6 +117,8 @@ inline uint32_t Pack2(float lo, float hi) {
 }
 
 inline float Exp2(float x) { return std::exp2(x); }
+
+inline int HighestBit(uint32_t x) { return 31 - __builtin_clz(x); }
 
 inline void NamedBarrier(int id, int threads) { Block::Current().Barrier(id, threads); }
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 Int32Array = npt.NDArray[np.int32]
 int32_p = POINTER(c_int32)
+QUEUE_TICKETS = 4  # kQueueTickets
 
 
 class PlanBounds(ctypes.Structure):
@@ -62,6 +63,7 @@ class ScheduleInput(ctypes.Structure):
         ("compute_rows", c_int32),
         ("item_overhead", c_int32),
         ("shared_queue", c_bool),
+        ("shared_tail", c_int32),
     ]
 
 
@@ -94,7 +96,7 @@ class AttentionParams(ctypes.Structure):
         ("num_kv_heads", c_int32),
         ("sm_scale", c_float),
         ("plan", PlanView),
-        ("merge_tickets", c_void_p),
+        ("tickets", c_void_p),
     ]
 
 
@@ -139,12 +141,13 @@ class PlanOptions:
     causal: bool = True
     window_left: int = -1
     attention_sink: int = 0
-    kv_align: int = 1
-    min_chunk: int = 128
+    kv_align: int = 16
+    min_chunk: int = 64
     fixed_chunk: int = 0
     compute_rows: int = 16
     item_overhead: int = 32
-    max_splits: int = 4
+    max_splits: int = 8
+    shared_tail: int = 0
 
 
 @dataclass
@@ -160,6 +163,11 @@ class Plan:
     @property
     def num_partials(self) -> int:
         return int(self.buffer[6])
+
+    @property
+    def worker_indptr(self) -> Int32Array:
+        """Queue bounds into `items`; what follows the last is the shared tail."""
+        return self.buffer[16 : 17 + self.bounds.num_workers]
 
 
 def pointer(array: Int32Array | None) -> object:
@@ -247,6 +255,7 @@ class PlanLibrary:
             compute_rows=o.compute_rows,
             item_overhead=o.item_overhead,
             shared_queue=False,
+            shared_tail=o.shared_tail,
         )
         sizes = (c_int64 * 3)()
         self.lib.harness_plan_layout(ctypes.byref(bounds), sizes)

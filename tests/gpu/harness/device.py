@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .abi import AttentionParams, Batch, KVStrides, Plan, PlanLibrary, PlanOptions, VariantParams
+from .abi import (
+    QUEUE_TICKETS,
+    AttentionParams,
+    Batch,
+    KVStrides,
+    Plan,
+    PlanLibrary,
+    PlanOptions,
+    VariantParams,
+)
 from .layouts import token_slots
 
 DTYPES = {"BFloat16": torch.bfloat16, "Float16": torch.float16}
@@ -69,7 +78,8 @@ class DeviceCase:
             self.pool = torch.empty(shape, dtype=dtype, device="cuda").normal_(generator=generator)
         self.o = torch.full_like(self.q, float("nan"))
         self.lse = torch.full(self.q.shape[:2], float("nan"), device="cuda")
-        self.tickets = torch.zeros((tokens, self.num_kv_heads), dtype=torch.int32, device="cuda")
+        tickets = QUEUE_TICKETS + tokens * self.num_kv_heads
+        self.tickets = torch.zeros(tickets, dtype=torch.int32, device="cuda")
         self.scale = self.head_dim**-0.5
 
     def plan(self, plans: PlanLibrary, options: PlanOptions) -> Plan:
@@ -102,7 +112,7 @@ class DeviceCase:
             num_qo_heads=self.num_qo_heads,
             num_kv_heads=self.num_kv_heads,
             sm_scale=self.scale,
-            merge_tickets=self.tickets.data_ptr(),
+            tickets=self.tickets.data_ptr(),
         )
         plans.set_plan(self.params, self.plan_buffer.data_ptr(), plan.bounds)
         return plan

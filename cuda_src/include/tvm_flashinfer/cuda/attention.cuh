@@ -2,7 +2,7 @@
 //
 // Block-sparse attention for sm_80 and later: FlashAttention-2 over a plan's work items.
 //
-//   persistent blocks, one queue of work items each
+//   persistent blocks, one queue of work items each             (work_queue.cuh)
 //     per item: gather KV rows with cp.async, kStages deep        (kv_gather.cuh)
 //               S = Q K^T, variant, mask                          (mask.cuh)
 //               online softmax, O += P V                          (online_softmax.cuh)
@@ -22,6 +22,7 @@
 #include "ptx.cuh"
 #include "q_tile.cuh"
 #include "tile_config.cuh"
+#include "work_queue.cuh"
 
 namespace tvm_flashinfer {
 namespace cuda {
@@ -144,19 +145,15 @@ __device__ __forceinline__ void AttendItem(const AttentionParams& p,
   // unless slices share one tile.
   const uint32_t q_tile = C::kQInRegisters ? k_slot(C::kStages - 1) : ptx::SharedAddress(smem);
   if (C::kQInRegisters || at.slice == 0) q.Load(p, at, q_tile);
-  const auto load_k = [&](int step, int slot, const Rows& rows) {
-    if (mask.Classify(step) != TileClass::kEmpty) gather.LoadK(rows, k_slot(slot));
+  const auto load = [&](int step, int slot, const Rows& rows) {
+    const bool seen = mask.Classify(step) != TileClass::kEmpty;
+    if (seen) gather.LoadK(rows, k_slot(slot));
     ptx::CpAsyncCommit();
-  };
-  const auto load_v = [&](int step, int slot, const Rows& rows) {
-    if (mask.Classify(step) != TileClass::kEmpty) gather.LoadV(rows, v_slot(slot));
+    if (seen) gather.LoadV(rows, v_slot(slot));
     ptx::CpAsyncCommit();
   };
 #pragma unroll
-  for (int s = 0; s < C::kStages - 1; ++s) {
-    load_k(s, s, ahead[s]);
-    load_v(s, s, ahead[s]);
-  }
+  for (int s = 0; s < C::kStages - 1; ++s) load(s, s, ahead[s]);
   Rows next = ahead[C::kStages - 1];
 
   // Groups in flight behind the K of a step: its V, and both of the kStages - 2 steps after it.
@@ -182,8 +179,7 @@ __device__ __forceinline__ void AttendItem(const AttentionParams& p,
     const int free_slot = slot == 0 ? C::kStages - 1 : slot - 1;
     ptx::CpAsyncWait<kBehindK>();
     at.SyncSlice();  // K is there, and everyone is done with the slot of the step before
-    load_k(step + C::kStages - 1, free_slot, next);
-    load_v(step + C::kStages - 1, free_slot, next);
+    load(step + C::kStages - 1, free_slot, next);
     next = gather.Resolve(step + C::kStages);
 
     const TileClass tile = mask.Classify(step);
@@ -230,13 +226,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     AttentionKernel(const __grid_constant__ AttentionParams p,
                     const __grid_constant__ typename Variant::Params variant) {
   TVM_FLASHINFER_DYNAMIC_SHARED(smem);
-  const int end = p.plan.worker_indptr[blockIdx.x + 1];
-  for (int i = p.plan.worker_indptr[blockIdx.x]; i < end; ++i) {
-    const WorkItem item = p.plan.items[i];
+  WorkQueue queue(p, reinterpret_cast<int32_t*>(smem + C::kQueueOffset));
+  while (queue.HasItem()) {
+    const WorkItem item = p.plan.items[queue.Begin()];
     AttendItem<C, Variant>(p, variant, item, smem);
     if (item.partial >= 0) MergeCompleted<C>(p, item, smem);
-    __syncthreads();  // the next item reuses shared memory
+    queue.Advance();
   }
+  queue.Finish();
 }
 
 }  // namespace cuda

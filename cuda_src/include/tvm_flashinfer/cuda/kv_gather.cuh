@@ -21,9 +21,10 @@ class KVGather {
   static_assert(kRowsPerWarp <= kWarpSize && C::kSliceKV % C::kWarpsQ == 0,
                 "a lane holds at most one row's offset");
 
-  /*! \brief Element offsets of this lane's row in the pools; -1: no such token. */
+  /*! \brief Where a warp's rows of one step lie in the pools, as element offsets. */
   struct Rows {
-    int64_t k, v;
+    int64_t k, v;      //!< of the first row if `in_one_page`, else of this lane's; -1: no such token
+    bool in_one_page;  //!< all rows are there and follow each other in one page
   };
 
   __device__ __forceinline__ KVGather(const AttentionParams& p, const WorkItem& item,
@@ -34,6 +35,7 @@ class KVGather {
         k_strides_(p.k_strides),
         v_strides_(p.v_strides),
         page_size_(static_cast<uint32_t>(p.page_size)),
+        page_shift_((page_size_ & (page_size_ - 1)) == 0 ? ptx::HighestBit(page_size_) : -1),
         kv_begin_(item.kv_begin),
         kv_count_(item.kv_count),
         lane_(at.lane),
@@ -45,40 +47,66 @@ class KVGather {
    * is issued, so a lookup one step ahead costs no waiting.
    */
   __device__ __forceinline__ Rows Resolve(int step) const {
-    const int token = (step * C::kSlices + slice_) * C::kSliceKV + first_row_ + lane_;
-    Rows rows{-1, -1};
-    if (lane_ < kRowsPerWarp && token < kv_count_) {
-      const uint32_t at = static_cast<uint32_t>(kv_begin_ + token);
-      const uint32_t entry = at % page_size_;
-      const int64_t page = pages_[at / page_size_];
-      rows.k = page * k_strides_.page + entry * k_strides_.token;
-      rows.v = page * v_strides_.page + entry * v_strides_.token;
+    const int first = (step * C::kSlices + slice_) * C::kSliceKV + first_row_;
+    Rows rows{-1, -1, false};
+    if (first >= kv_count_) return rows;
+    uint32_t page, entry;
+    Locate(static_cast<uint32_t>(kv_begin_ + first), &page, &entry);
+    rows.in_one_page = entry + kRowsPerWarp <= page_size_ && first + kRowsPerWarp <= kv_count_;
+    if (!rows.in_one_page) {
+      if (lane_ >= kRowsPerWarp || first + lane_ >= kv_count_) return rows;
+      Locate(static_cast<uint32_t>(kv_begin_ + first + lane_), &page, &entry);
     }
+    const int64_t id = pages_[page];
+    rows.k = id * k_strides_.page + entry * k_strides_.token;
+    rows.v = id * v_strides_.page + entry * v_strides_.token;
     return rows;
   }
 
   __device__ __forceinline__ void LoadK(const Rows& rows, uint32_t tile) const {
-    Load<typename C::KTile>(k_, rows.k, tile);
+    Load<typename C::KTile>(k_, rows.k, static_cast<int>(k_strides_.token), rows.in_one_page, tile);
   }
   __device__ __forceinline__ void LoadV(const Rows& rows, uint32_t tile) const {
-    Load<typename C::VTile>(v_, rows.v, tile);
+    Load<typename C::VTile>(v_, rows.v, static_cast<int>(v_strides_.token), rows.in_one_page, tile);
   }
 
  private:
+  __device__ __forceinline__ void Locate(uint32_t token, uint32_t* page, uint32_t* entry) const {
+    *page = page_shift_ >= 0 ? token >> page_shift_ : token / page_size_;
+    *entry = token - *page * page_size_;
+  }
+
   template <typename Tile>
-  __device__ __forceinline__ void Load(const T* pool, int64_t lane_offset, uint32_t tile) const {
+  __device__ __forceinline__ void Load(const T* pool, int64_t offset, int token_stride,
+                                       bool in_one_page, uint32_t tile) const {
     constexpr int kCopies = kRowsPerWarp * Tile::kChunks;
+    constexpr bool kWhole = kCopies % kWarpSize == 0;
+    if (in_one_page) {
+      const T* from = pool + offset;
 #pragma unroll
-    for (int i = 0; i < CeilDiv(kCopies, kWarpSize); ++i) {
-      const int copy = i * kWarpSize + lane_;
-      const int row = copy / Tile::kChunks;
-      const int chunk = copy % Tile::kChunks;
-      const int64_t offset = __shfl_sync(0xffffffffu, lane_offset, row % kWarpSize);
-      if (kCopies % kWarpSize == 0 || copy < kCopies) {
-        // Rows past the chunk's end are zeros: 0 x NaN of a stale row would not be.
-        const bool valid = offset >= 0;
-        ptx::CpAsync16(tile + Tile::Offset(first_row_ + row, chunk),
-                       pool + (valid ? offset : 0) + chunk * kElementsPerChunk, valid);
+      for (int i = 0; i < CeilDiv(kCopies, kWarpSize); ++i) {
+        const int copy = i * kWarpSize + lane_;
+        const int row = copy / Tile::kChunks, chunk = copy % Tile::kChunks;
+        if (kWhole || copy < kCopies) {
+          ptx::CpAsync16(tile + Tile::Offset(first_row_ + row, chunk),
+                         from + row * token_stride + chunk * kElementsPerChunk);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < CeilDiv(kCopies, kWarpSize); ++i) {
+        const int copy = i * kWarpSize + lane_;
+        const int row = copy / Tile::kChunks, chunk = copy % Tile::kChunks;
+        const int64_t row_offset = __shfl_sync(0xffffffffu, offset, row % kWarpSize);
+        if (kWhole || copy < kCopies) {
+          const uint32_t to = tile + Tile::Offset(first_row_ + row, chunk);
+          if (row_offset >= 0) {
+            ptx::CpAsync16(to, pool + row_offset + chunk * kElementsPerChunk);
+          } else {
+            // Rows past the chunk's end are zeros: 0 x NaN of a stale row would not be.
+            ptx::StoreSharedZero16(to);
+          }
+        }
       }
     }
   }
@@ -88,6 +116,7 @@ class KVGather {
   const T* v_;
   KVStrides k_strides_, v_strides_;
   uint32_t page_size_;
+  int page_shift_;  //!< log2 of the page size, or -1
   int kv_begin_, kv_count_;
   int lane_, first_row_, slice_;
 };

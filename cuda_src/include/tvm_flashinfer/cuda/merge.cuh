@@ -75,7 +75,7 @@ __device__ __forceinline__ void MergeToken(const AttentionParams& p, int token, 
 /*!
  * \brief Count the item's partial states in, and merge the tokens that this completes.
  *
- * The partial states were written by any threads of the block. `p.merge_tickets` [token, KV head]
+ * The partial states were written by any threads of the block. `p.tickets` [token, KV head]
  * holds how many states of a token are there; it returns to zero with the last.
  * \param smem kMergeBytes.
  */
@@ -85,18 +85,21 @@ __device__ __forceinline__ void MergeCompleted(const AttentionParams& p, const W
   int32_t* complete = reinterpret_cast<int32_t*>(smem);                  // [kRows] tokens
   int32_t* rows = complete + C::kRows;                                   // [kMergeStates]
   float* lse = reinterpret_cast<float*>(rows + C::kMergeStates);         // [kMergeStates, group]
+  static_assert(C::kRows <= C::kThreads, "a thread counts for at most one token");
+  const int t = static_cast<int>(threadIdx.x);
+  const bool counts = t < item.q_count;
+  const int token = item.q_begin + (counts ? t : 0);
+  const int states = p.plan.merge_indptr[token + 1] - p.plan.merge_indptr[token];
   __syncthreads();
-  for (int t = static_cast<int>(threadIdx.x); t < item.q_count; t += C::kThreads) {
-    const int token = item.q_begin + t;
-    const int states = p.plan.merge_indptr[token + 1] - p.plan.merge_indptr[token];
-    int32_t* ticket = p.merge_tickets + int64_t{token} * p.num_kv_heads + item.head;
+  if (counts) {
+    int32_t* ticket = p.tickets + kQueueTickets + int64_t{token} * p.num_kv_heads + item.head;
     const bool last = ptx::AtomicAddOrdered(ticket, 1) == states - 1;
     if (last) *ticket = 0;
     complete[t] = last;
   }
   __syncthreads();
-  for (int t = 0; t < item.q_count; ++t) {
-    if (complete[t]) MergeToken<C>(p, item.q_begin + t, item.head, lse, rows);
+  for (int i = 0; i < item.q_count; ++i) {
+    if (complete[i]) MergeToken<C>(p, item.q_begin + i, item.head, lse, rows);
   }
 }
 

@@ -54,6 +54,7 @@ struct OnlineSoftmax {
         top = QuadMax(top);
         // A row with nothing visible so far has maximum -inf; -inf - (-inf) would be NaN.
         const float shift = (top == TVM_FLASHINFER_NEG_INF ? 0.0f : top) * scale;
+        const bool rises = top > max[b][h];
         const float rescale = ptx::Exp2(max[b][h] * scale - shift);
         max[b][h] = top;
         float added = 0.0f;
@@ -65,12 +66,16 @@ struct OnlineSoftmax {
             added += s[b][n][e];
           }
         }
-        sum[b][h] = sum[b][h] * rescale + added;
+        // Maxima settle after a few tiles; until a row's rises, what is accumulated stands.
+        if (__any_sync(0xffffffffu, rises)) {
+          sum[b][h] *= rescale;
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          o[b][n][2 * h] *= rescale;
-          o[b][n][2 * h + 1] *= rescale;
+          for (int n = 0; n < kTiles; ++n) {
+            o[b][n][2 * h] *= rescale;
+            o[b][n][2 * h + 1] *= rescale;
+          }
         }
+        sum[b][h] += added;
       }
     }
   }

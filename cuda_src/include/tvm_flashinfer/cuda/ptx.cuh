@@ -27,12 +27,15 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
 
 // ---- Asynchronous copies, sm_80 ----
 
-/*! \brief Copy 16 bytes global -> shared; writes zeros, and reads nothing, unless `valid`. */
-__device__ __forceinline__ void CpAsync16(uint32_t shared, const void* global, bool valid) {
-  const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-               "r"(bytes)
+/*! \brief Copy 16 bytes global -> shared, past L1. */
+__device__ __forceinline__ void CpAsync16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global)
                : "memory");
+}
+
+/*! \brief Write 16 bytes of zeros to shared memory. */
+__device__ __forceinline__ void StoreSharedZero16(uint32_t shared) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(shared), "r"(0) : "memory");
 }
 
 /*! \brief Close the thread's current group of copies. */
@@ -104,6 +107,13 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
+/*! \brief Position of the highest set bit. */
+__device__ __forceinline__ int HighestBit(uint32_t x) {
+  int at;
+  asm("bfind.u32 %0, %1;" : "=r"(at) : "r"(x));
+  return at;
+}
+
 // ---- Between threads ----
 
 /*! \brief Barrier of `threads` threads (a multiple of 32) of the block, named by `id` in [1, 15]. */
@@ -112,13 +122,12 @@ __device__ __forceinline__ void NamedBarrier(int id, int threads) {
 }
 
 /*!
- * \brief Add, ordering device-wide everything this thread did or saw before it, and everything it
- * does after it, around it.
+ * \brief Add. Device-wide, whoever sees the sum sees what this thread saw and did before; read what
+ * others did with LoadL2.
  */
 __device__ __forceinline__ int32_t AtomicAddOrdered(int32_t* address, int32_t value) {
   int32_t old;
-  asm volatile("fence.acq_rel.gpu;\n\tatom.relaxed.gpu.global.add.s32 %0, [%1], %2;\n\t"
-               "fence.acq_rel.gpu;"
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
                : "=r"(old)
                : "l"(address), "r"(value)
                : "memory");

@@ -36,11 +36,14 @@ struct QTile {
       const int row = at.FirstRow() + copy / Tile::kChunks;
       const int chunk = copy % Tile::kChunks;
       if (kCopies % kWarpSize == 0 || copy < kCopies) {
-        const bool valid = row < rows;
-        const int64_t offset =
-            valid ? (q_begin + Token(row)) * p.q_token_stride + Head(row) * p.q_head_stride : 0;
-        ptx::CpAsync16(tile + Tile::Offset(row, chunk),
-                       static_cast<const T*>(p.q) + offset + chunk * kElementsPerChunk, valid);
+        if (row < rows) {
+          const int64_t offset =
+              (q_begin + Token(row)) * p.q_token_stride + Head(row) * p.q_head_stride;
+          ptx::CpAsync16(tile + Tile::Offset(row, chunk),
+                         static_cast<const T*>(p.q) + offset + chunk * kElementsPerChunk);
+        } else {
+          ptx::StoreSharedZero16(tile + Tile::Offset(row, chunk));
+        }
       }
     }
   }

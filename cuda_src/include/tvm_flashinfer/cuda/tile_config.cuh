@@ -75,8 +75,9 @@ struct TileConfig {
   static constexpr int kMergeStates = 32;
   static constexpr int kMergeBytes = (kRows + kMergeStates * (kRows + 1)) * 4;
   static constexpr int Max(int a, int b) { return a > b ? a : b; }
-  static constexpr int kSharedBytes =
+  static constexpr int kQueueOffset =
       Max(kQBytes + kPipelineBytes, Max(kExchangeBytes, kMergeBytes));
+  static constexpr int kSharedBytes = kQueueOffset + 16;
 };
 
 }  // namespace cuda
