@@ -10,6 +10,7 @@
 // Each of them is float32, float16 or bfloat16 on its own account; sums are float32. Up to
 // kStreamRows rows the weight is streamed through the cache once (linear_stream.h), more rows go to
 // BLAS in blocks, 16-bit operands widened block by block. Threads are TVM's own.
+#include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/reflection/registry.h>
@@ -21,6 +22,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "linear_blas.h"
 #include "linear_stream.h"
@@ -57,21 +59,46 @@ void* At(void* base, Storage storage, int64_t element) {
   return static_cast<char*>(base) + element * static_cast<int64_t>(BytesOf(storage));
 }
 
-const Kernels& ThisCpu() {
-  static const Kernels kernels = [] {
+/*! \brief The kernels that this CPU can run, best first. */
+std::vector<Kernels> AvailableKernels() {
+  std::vector<Kernels> available;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-      return Avx512Kernels();
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
-      return Avx2Kernels();
-    }
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    available.push_back(Avx512Kernels());
+  }
+  if (avx2) available.push_back(Avx2Kernels());
 #endif
-    return BaselineKernels();
-  }();
+  available.push_back(BaselineKernels());
+  return available;
+}
+
+Kernels& ThisCpu() {
+  static Kernels kernels = AvailableKernels().front();
   return kernels;
+}
+
+/*! \brief Names of the instruction sets this CPU can run, best first; the first is the default. */
+tvm::ffi::Array<tvm::ffi::String> InstructionSets() {
+  tvm::ffi::Array<tvm::ffi::String> names;
+  for (const Kernels& kernels : AvailableKernels()) names.push_back(kernels.name);
+  return names;
+}
+
+/*! \brief Take another of them, to test or to measure it; not while a call runs. */
+void SetInstructionSet(const tvm::ffi::String& name) {
+  std::string accepted;
+  for (const Kernels& kernels : AvailableKernels()) {
+    if (name == kernels.name) {
+      ThisCpu() = kernels;
+      return;
+    }
+    accepted += (accepted.empty() ? "" : ", ") + std::string(kernels.name);
+  }
+  TVM_FFI_THROW(ValueError) << "tvm_flashinfer.linear_set_instruction_set: name is '" << name
+                            << "', but this CPU accepts one of " << accepted;
 }
 
 /*! \brief Scratch memory of the calling thread, kept between calls: workers live long. */
@@ -376,8 +403,8 @@ TVM_FFI_STATIC_INIT_BLOCK() {
   tvm::ffi::reflection::GlobalDef()
       .def_packed("tvm_flashinfer.linear", Run<WeightLayout::kNK>)
       .def_packed("tvm_flashinfer.linear_kn", Run<WeightLayout::kKN>)
-      .def("tvm_flashinfer.linear_instruction_set",
-           []() -> tvm::ffi::String { return ThisCpu().name; });
+      .def("tvm_flashinfer.linear_instruction_sets", InstructionSets)
+      .def("tvm_flashinfer.linear_set_instruction_set", SetInstructionSet);
 }
 
 }  // namespace
