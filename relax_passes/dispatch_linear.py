@@ -334,7 +334,7 @@ def _count_matmuls(func: relax.Function) -> int:
 
 
 @mutator
-class _Rewriter(PyExprMutator):  # type: ignore[misc]
+class _Rewriter(PyExprMutator):
     """Binds each site's last variable to the call; what only led there becomes dead."""
 
     def __init__(self, mod: tvm.IRModule, linears: list[_Linear]) -> None:
