@@ -101,6 +101,7 @@ def compile_causal_lm(
     max_seq_len: int | None = None,
     prefill_chunk_size: int | None = None,
     progress: Callable[[str], None] | None = None,
+    **graph_options: Any,
 ) -> CompiledCausalLM:
     """Compile an imported model for a CPU.
 
@@ -120,6 +121,9 @@ def compile_causal_lm(
         Most tokens in one prefill; None takes 512, at most ``max_seq_len``.
     progress : callable | None
         Told the name of each stage as it starts.
+    **graph_options
+        PaginateAttention's ``token_input``, ``position_inputs`` and ``all_ones_inputs``, for a
+        module that was not made by ``import_causal_lm``.
 
     Raises
     ------
@@ -161,6 +165,7 @@ def compile_causal_lm(
         prefill_chunk_size=chunk,
         max_batch=max_batch,
         report=report,
+        **graph_options,
     )
     try:
         module = tvm.transform.Sequential([paginate])(imported.module)
@@ -259,7 +264,7 @@ def lower_pipeline(target: tvm.target.Target) -> tvm.transform.Pass:
     transform = relax.transform
     return tvm.transform.Sequential(
         [
-            DispatchLinear(),
+            DispatchLinear(target),
             transform.LegalizeOps(),
             transform.AnnotateTIROpPattern(),
             transform.FoldConstant(),

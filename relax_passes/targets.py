@@ -7,7 +7,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import tvm
 from tvm.target import Target, codegen
 
 #: Instruction sets worth checking: a virtual machine may hide what its CPU model has.
@@ -62,7 +61,7 @@ def resolve_target(text: str) -> Target:
         if not options:
             return Target(text)
         return Target({"kind": kind, **dict(_option(o) for o in options)})
-    except (ValueError, TypeError, tvm.error.TVMError) as err:
+    except (ValueError, TypeError, RuntimeError) as err:
         reason = str(err).strip().splitlines()[0].rstrip(".") if str(err).strip() else "no reason"
         raise TargetError(
             f"{text!r} is no target TVM knows ({reason}); accepted are native, "

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import relax
 
 from relax_passes.attention_site import AttentionSite
@@ -30,8 +31,12 @@ from relax_passes.graph import (
 )
 
 
+@tvm_ffi.register_error("PaginateError")
 class PaginateError(ValueError):
-    """The graph cannot be made stateful; the message is one sentence that says why."""
+    """The graph cannot be made stateful; the message is one sentence that says why.
+
+    Registered, so that it is still of this class when it comes out of a pass run by TVM.
+    """
 
 
 class TokenAxes:
