@@ -16,6 +16,7 @@ import functools
 import math
 import sys
 import threading
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from tvm_flashinfer import _library
 from tvm_flashinfer._tensors import as_tensor, empty_like
 from tvm_flashinfer.jit import AttentionSpec, Progress, build_attention, load_kernel
 from tvm_flashinfer.layout import BlockSparseLayout
+from tvm_flashinfer.variant import Scalar, Variant
 
 __all__ = ["BatchAttention", "attention", "merge_states"]
 
@@ -71,6 +73,8 @@ class BatchAttention:
         default the same). Sums are float32.
     causal : bool
         Whether a query sees no key past its own position.
+    variant : Variant, optional
+        What is computed per element (:mod:`tvm_flashinfer.variant`), in place of ``causal``.
     kv_layout : str
         Order of a pool's page: ``NHD`` (token, head, element) or ``HND`` (head, token, element).
     max_requests, max_q_tokens, max_kv_pages : int
@@ -102,6 +106,7 @@ class BatchAttention:
         dtype: str = "float32",
         kv_dtype: str | None = None,
         causal: bool = True,
+        variant: Variant | None = None,
         kv_layout: str = "NHD",
         max_requests: int,
         max_q_tokens: int,
@@ -114,9 +119,13 @@ class BatchAttention:
     ) -> None:
         head_dim_vo = head_dim_qk if head_dim_vo is None else head_dim_vo
         self.spec = AttentionSpec(
-            dtype, kv_dtype or dtype, head_dim_qk, head_dim_vo, "causal" if causal else "full"
+            dtype,
+            kv_dtype or dtype,
+            head_dim_qk,
+            head_dim_vo,
+            variant or ("causal" if causal else "full"),
         )
-        self.causal = causal
+        self.variant = variant
         bounds = [
             max_requests,
             max_q_tokens,
@@ -157,10 +166,10 @@ class BatchAttention:
         ValueError
             If the layout doesn't fit the bounds; the section of the plan is named.
         """
-        if self.causal and not layout.has_positions:
+        if self.spec.variant != "full" and not layout.has_positions:
             raise ValueError(
                 "argument `layout` has a block mask, under which keys have no positions: create "
-                "the BatchAttention with causal=False"
+                "the BatchAttention with causal=False and without a variant"
             )
         levels = [
             [
@@ -194,6 +203,7 @@ class BatchAttention:
         v: Any = None,
         *,
         sm_scale: float | None = None,
+        params: Mapping[str, Any] | None = None,
         out: T | None = None,
         lse: T | None = None,
         return_lse: bool = False,
@@ -210,6 +220,9 @@ class BatchAttention:
             both: ``[pages, 2, ...]``. Strides are free but for the last axis.
         sm_scale : float, optional
             Scale of the logits, by default ``head_dim_qk ** -0.5``.
+        params : mapping, optional
+            The variant's parameters by name: numbers, and tensors that cover every element of the
+            plan. They hold for the following runs too, until given again.
         out : tensor [tokens, query heads, head_dim_vo], optional
             Written; must not share memory with the inputs. By default made like ``q``.
         lse : float32 tensor [tokens, query heads], optional
@@ -223,6 +236,8 @@ class BatchAttention:
         tensor, or (tensor, tensor)
             ``out``, and ``lse`` where it is given or asked for.
         """
+        if params is not None:
+            self._set_params(params)
         q_tensor = as_tensor("q", q)
         lead = tuple(q_tensor.shape[:-1])
         if sm_scale is None:
@@ -244,6 +259,20 @@ class BatchAttention:
             return out
         _packed("batch_attention_run_with_lse")(*operands, as_tensor("lse", lse))
         return out, lse
+
+    def _set_params(self, params: Mapping[str, Any]) -> None:
+        declared = {} if self.variant is None else self.variant.params
+        for name in params:
+            if name not in declared:
+                known = ", ".join(declared) or "none"
+                raise ValueError(f"argument `params` has {name!r}, the variant declares {known}")
+        values = []
+        for name, param in declared.items():
+            if name not in params:
+                raise ValueError(f"argument `params` lacks {name!r}")
+            value = params[name]
+            values.append(value if isinstance(param, Scalar) else as_tensor(name, value))
+        _packed("batch_attention_set_params")(self.handle, values)
 
     def append(self, k_new: Any, v_new: Any, slots: Any, k: Any, v: Any = None) -> None:
         """Store new keys and values into the pool.

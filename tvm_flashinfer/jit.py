@@ -19,8 +19,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ._library import include_dir
+
+if TYPE_CHECKING:
+    from .variant import Variant
 
 #: Element type in C++ by dtype name.
 CPP_TYPES = {
@@ -28,8 +32,9 @@ CPP_TYPES = {
     "float16": "tvm_flashinfer::Float16",
     "bfloat16": "tvm_flashinfer::BFloat16",
 }
-#: Shipped variants: the C++ type, and whether it hides every key after the query.
-VARIANTS = {
+#: Variants written in C++ (variant.h), so that using them needs no TVM compiler: the type, and
+#: whether it hides every key after the query.
+BUILTIN_VARIANTS = {
     "full": ("tvm_flashinfer::StandardVariant<false>", False),
     "causal": ("tvm_flashinfer::StandardVariant<true>", True),
 }
@@ -54,15 +59,15 @@ class AttentionSpec:
         ``float32``, ``float16`` or ``bfloat16``: of queries and outputs, and of the KV pool.
     head_dim_qk, head_dim_vo : int
         Elements of a query/key head and of a value/output head; multiples of 8 up to 576.
-    variant : str
-        A name in :data:`VARIANTS`.
+    variant : str or Variant
+        ``full``, ``causal``, or a :class:`tvm_flashinfer.variant.Variant`.
     """
 
     q_dtype: str
     kv_dtype: str
     head_dim_qk: int
     head_dim_vo: int
-    variant: str = "causal"
+    variant: str | Variant = "causal"
 
     def __post_init__(self) -> None:
         for name in ("q_dtype", "kv_dtype"):
@@ -76,16 +81,18 @@ class AttentionSpec:
                 raise ValueError(
                     f"{name} is {dim}, expected a multiple of 8 from 8 to {MAX_HEAD_DIM}"
                 )
-        if self.variant not in VARIANTS:
+        if isinstance(self.variant, str) and self.variant not in BUILTIN_VARIANTS:
             raise ValueError(
-                f"variant is {self.variant!r}, expected one of {', '.join(VARIANTS)}"
+                f"variant is {self.variant!r}, expected one of {', '.join(BUILTIN_VARIANTS)} or a "
+                "tvm_flashinfer.variant.Variant"
             )
 
     @property
     def label(self) -> str:
         """Short readable name, a valid C identifier."""
         dims = f"{self.head_dim_qk}x{self.head_dim_vo}"
-        return f"{self.variant}_{self.q_dtype}_{self.kv_dtype}_{dims}"
+        name = self.variant if isinstance(self.variant, str) else self.variant.name
+        return f"{name}_{self.q_dtype}_{self.kv_dtype}_{dims}"
 
 
 @dataclass(frozen=True)
@@ -149,16 +156,22 @@ def cache_dir() -> Path:
 
 def kernel_source(spec: AttentionSpec, table: str) -> str:
     """C++ that instantiates the template and exports its table through ``table()``."""
-    variant, causal = VARIANTS[spec.variant]
+    if isinstance(spec.variant, str):
+        variant, causal = BUILTIN_VARIANTS[spec.variant]
+        declaration, params = "", ""
+    else:
+        variant, causal = "Variant", spec.variant.causal
+        declaration = f"namespace {{\n{spec.variant.cpp}}}  // namespace\n\n"
+        params = ", Variant::DeclaredParams(), Variant::kNumParams"
     return f"""#include <tvm_flashinfer/cpu/attention.h>
 
-using Kernel = tvm_flashinfer::cpu::Attention<
+{declaration}using Kernel = tvm_flashinfer::cpu::Attention<
     {CPP_TYPES[spec.q_dtype]}, {CPP_TYPES[spec.kv_dtype]},
     {spec.head_dim_qk}, {spec.head_dim_vo},
     {variant}>;
 
 __attribute__((visibility("hidden"))) const tvm_flashinfer::CpuKernel* {table}() {{
-  return Kernel::Table({"true" if causal else "false"});
+  return Kernel::Table({"true" if causal else "false"}{params});
 }}
 """
 
@@ -201,7 +214,8 @@ def build_attention(
     compiler = find_compiler()
     flags = ["-O3", f"-march={mcpu}", "-fvisibility=hidden", "-fno-math-errno"]
     meaning = _native_march(compiler) if mcpu == "native" else mcpu
-    key = repr((spec, flags, meaning, _headers_digest(), compiler, _compiler_version(compiler)))
+    source = kernel_source(spec, "table")
+    key = repr((source, flags, meaning, _headers_digest(), compiler, _compiler_version(compiler)))
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     symbol = f"tvm_flashinfer_{spec.label}_{digest}"
     folder = cache_dir() / symbol

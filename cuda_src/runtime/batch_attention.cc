@@ -1,7 +1,6 @@
 // Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
 #include "batch_attention.h"
 
-#include <tvm_flashinfer/variant.h>
 
 #include <algorithm>
 #include <cmath>
@@ -100,6 +99,36 @@ LayoutLevel ReadLevel(int32_t index, const LevelTensors& tensors, int64_t page_s
   return level;
 }
 
+/*! Ranges of requests, positions and heads over every element of a batch. */
+ElementIndex<Interval> ElementsOf(const ScheduleInput& in, int64_t num_qo_heads,
+                                  int64_t num_kv_heads) {
+  Interval q{0, -1}, kv{0, -1};
+  const auto cover = [](Interval* range, int64_t lo, int64_t hi) {
+    if (lo > hi) return;
+    *range = range->lo > range->hi
+                 ? Interval{lo, hi}
+                 : Interval{std::min(range->lo, lo), std::max(range->hi, hi)};
+  };
+  for (int32_t r = 0; r < in.num_requests; ++r) {
+    for (int32_t t = in.qo_indptr[r]; in.q_position != nullptr && t < in.qo_indptr[r + 1]; ++t) {
+      cover(&q, in.q_position[t], in.q_position[t]);
+    }
+    const int64_t queries = in.qo_indptr[r + 1] - in.qo_indptr[r];
+    if (in.q_position == nullptr) cover(&q, in.kv_len[r] - queries, int64_t{in.kv_len[r]} - 1);
+  }
+  for (int32_t l = 0; l < in.num_levels; ++l) {
+    const LayoutLevel& level = in.levels[l];
+    for (int32_t row = 0; row < level.num_rows; ++row) {
+      const int64_t pages = level.kv_indptr[row + 1] - level.kv_indptr[row];
+      if (pages == 0 || level.qo_indptr[row] == level.qo_indptr[row + 1]) continue;
+      const int64_t first = level.kv_position[row];
+      cover(&kv, first, first + (pages - 1) * in.page_size + level.last_block_len[row] - 1);
+    }
+  }
+  if (kv.lo > kv.hi || q.lo > q.hi) q = kv = {0, 0};  // nothing is visited
+  return {{0, std::max(in.num_requests, 1) - 1}, q, kv, {0, num_qo_heads - 1}, {0, num_kv_heads - 1}};
+}
+
 }  // namespace
 
 BatchAttentionObj::BatchAttentionObj(const BatchAttentionConfig& config, KernelHandle kernel)
@@ -172,6 +201,7 @@ BatchAttentionObj::Planned BatchAttentionObj::ReadRequest(const PlanRequest& req
   in->kv_align = kernel_->kv_align;
   in->fixed_chunk = static_cast<int32_t>(request.fixed_chunk);
   in->shared_queue = !request.per_worker_queues;
+  planned.elements = ElementsOf(*in, config_.num_qo_heads, config_.num_kv_heads);
   return planned;
 }
 
@@ -235,8 +265,8 @@ void BatchAttentionObj::Run(const TensorView& q, const PoolTensors& pool, double
       << "argument `sm_scale` is " << sm_scale << ", expected a finite float32";
   const TokenView o_view =
       CheckTokens({"out"}, o, type, tokens, config_.num_qo_heads, config_.head_dim_vo, true);
-  static const StandardVariantParams kVariantParams{};
   AttentionParams params{};
+  params.variant_params = variant_args_.Get(*kernel_, planned_.elements);
   if (lse.has_value()) {
     params.lse = CheckLse({"lse"}, lse.value(), tokens, config_.num_qo_heads);
   }
@@ -246,7 +276,6 @@ void BatchAttentionObj::Run(const TensorView& q, const PoolTensors& pool, double
   params.o = o_view.data;
   params.o_partial = o_partial_.data();
   params.lse_partial = lse_partial_.data();
-  params.variant_params = &kVariantParams;
   params.q_token_stride = q_view.token_stride;
   params.q_head_stride = q_view.head_stride;
   params.o_token_stride = o_view.token_stride;

@@ -18,6 +18,7 @@
 
 #include "batch_attention_check.h"
 #include "cpu_executor.h"
+#include "variant_args.h"
 
 namespace tvm_flashinfer {
 
@@ -64,6 +65,11 @@ class BatchAttentionObj : public tvm::ffi::Object {
    */
   void Plan(const PlanRequest& request);
 
+  /*! \brief Parameters of the variant, for this and the following runs. */
+  void SetParams(const tvm::ffi::Array<tvm::ffi::Any>& values) {
+    variant_args_.Bind(*kernel_, values);
+  }
+
   /*!
    * \brief Attention of one layer.
    * \param q [tokens, query heads, head_dim_qk]
@@ -93,6 +99,7 @@ class BatchAttentionObj : public tvm::ffi::Object {
     int64_t num_tokens = -1;  //!< -1: nothing is planned
     int64_t page_size = 0;
     int32_t max_page = -1;
+    ElementIndex<Interval> elements{};  //!< where the elements of the batch lie
   };
   struct Pools {
     PoolView k, v;
@@ -109,6 +116,7 @@ class BatchAttentionObj : public tvm::ffi::Object {
   std::vector<int32_t> plans_[2];  //!< double-buffered: a failed plan leaves the current one alone
   int32_t current_ = 0;
   Planned planned_;
+  BoundVariantArgs variant_args_;
   std::vector<float> o_partial_, lse_partial_;
   std::vector<int64_t> slots_;
 };

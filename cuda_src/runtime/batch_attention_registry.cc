@@ -79,6 +79,8 @@ void Plan(BatchAttention self, TensorView qo_indptr, TensorView kv_len, Array<Le
                    per_worker_queues});
 }
 
+void SetParams(BatchAttention self, Array<tvm::ffi::Any> values) { Get(self)->SetParams(values); }
+
 void Run(BatchAttention self, TensorView q, TensorView k, Optional<TensorView> v, double sm_scale,
          TensorView o) {
   Get(self)->Run(q, {k, v}, sm_scale, o, std::nullopt);
@@ -100,6 +102,7 @@ TVM_FFI_STATIC_INIT_BLOCK() {
   tvm::ffi::reflection::GlobalDef()
       .def("tvm_flashinfer.batch_attention_create", Create)
       .def("tvm_flashinfer.batch_attention_plan", Plan)
+      .def("tvm_flashinfer.batch_attention_set_params", SetParams)
       .def("tvm_flashinfer.batch_attention_run", Run)
       .def("tvm_flashinfer.batch_attention_run_with_lse", RunWithLse)
       .def("tvm_flashinfer.batch_attention_append", Append)

@@ -110,6 +110,16 @@ void KVCacheObj::AttentionWithSharedKV(int64_t source_layer_id, Tensor q_data,
          {DataOf(*o_data.operator->()), qo_heads * vo, vo});
 }
 
+tvm::ffi::Array<Tensor> KVCacheObj::MergeAttnOutputInplace(Tensor o_self_attn,
+                                                           Tensor lse_self_attn,
+                                                           Tensor o_cross_attn,
+                                                           Tensor lse_cross_attn) {
+  static const tvm::ffi::Function merge =
+      tvm::ffi::Function::GetGlobalRequired("tvm_flashinfer.merge_states");
+  merge(o_self_attn, lse_self_attn, o_cross_attn, lse_cross_attn, o_self_attn, lse_self_attn);
+  return {o_self_attn, lse_self_attn};
+}
+
 void KVCacheObj::Rotate(TokenHeads* q, TokenHeads* k) {
   if (!rope_.has_value()) return;
   const int64_t dim = config_.head_dim_qk;
@@ -141,13 +151,13 @@ void KVCacheObj::Append(int32_t layer, TokenHeads k, TokenHeads v) {
 }
 
 void KVCacheObj::Attend(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o) {
-  static const StandardVariantParams kVariantParams{};
+  static const VariantArgs kNoVariantArgs{};
   AttentionParams params{};
   params.q = q.data;
   params.k = layers_[layer].k;
   params.v = layers_[layer].v;
   params.o = o.data;
-  params.variant_params = &kVariantParams;
+  params.variant_params = &kNoVariantArgs;
   params.q_token_stride = q.token_stride;
   params.q_head_stride = q.head_stride;
   params.o_token_stride = o.token_stride;

@@ -22,6 +22,34 @@ struct ElementIndex {
   I kv_head;
 };
 
+/*! \brief A parameter of a generated variant: a scalar, or a dense row-major tensor. */
+struct VariantArg {
+  static constexpr int32_t kMaxDims = 4;
+
+  union {
+    float f;
+    int32_t i;
+    const void* data;
+  };
+  int32_t extent[kMaxDims];  //!< of a tensor; 1 past its axes
+};
+
+/*! \brief Parameters of a generated variant, in the order it declares them. */
+struct VariantArgs {
+  static constexpr int32_t kMaxArgs = 8;
+  VariantArg arg[kMaxArgs];
+};
+
+/*! \brief Element types of parameters; values are part of the kernel interface. */
+enum class VariantType : int32_t { kFloat32 = 0, kInt32 = 1, kBool = 2 };
+
+/*! \brief A parameter as a generated variant declares it. */
+struct VariantParam {
+  const char* name;
+  VariantType type;
+  int32_t num_dims;  //!< 0: a scalar
+};
+
 /*! \brief What a mask does to a tile of queries x keys. */
 enum class TileClass : int32_t {
   kEmpty,  //!< hides every element: skip the tile

@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "../interval.h"
 #include "../state.h"
 #include "few_rows.h"
 #include "kernel.h"
@@ -33,6 +34,13 @@ struct Attention {
   static constexpr int kMaxFewRows = 8;
   static constexpr int kPrefillRows = 128;
   using Many = ManyRows<TQ, TKV, kDimQK, kDimVO, Variant>;
+
+  static int32_t OutOfBoundsParam(const VariantArgs* args, const ElementIndex<Interval>* at) {
+    if constexpr (std::is_same_v<typename Variant::Params, VariantArgs>) {
+      return FindOutOfBoundsParam<Variant>(*args, *at);
+    }
+    return -1;
+  }
 
   static int64_t ScratchBytes(int32_t max_rows) {
     const int64_t few = FewRows<TQ, TKV, kDimQK, kDimVO, Variant, kMaxFewRows>::ScratchFloats();
@@ -91,16 +99,23 @@ struct Attention {
     }
   }
 
-  /*! \param causal Whether Variant hides every key after its query. */
-  static const CpuKernel* Table(bool causal) {
+  /*!
+   * \param causal Whether Variant hides every key after its query.
+   * \param params, num_params What Variant declares; they outlive the table.
+   */
+  static const CpuKernel* Table(bool causal, const VariantParam* params = nullptr,
+                                int32_t num_params = 0) {
     static const CpuKernel table = {kCpuKernelAbi,
                                     ElementTypeOf<TQ>(),
                                     ElementTypeOf<TKV>(),
                                     kDimQK,
                                     kDimVO,
+                                    num_params,
+                                    params,
                                     causal,
                                     {kMaxFewRows, kPrefillRows},
                                     Many::kBlockKV,
+                                    &OutOfBoundsParam,
                                     &ScratchBytes,
                                     &RunItem,
                                     &Merge,

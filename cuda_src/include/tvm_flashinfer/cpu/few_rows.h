@@ -166,7 +166,8 @@ class FewRows {
       at.kv_head = Broadcast(item_.head);
       for (int n = 0; n < kBlockKV; n += kLanes) {
         const VInt index = Iota() + n;
-        at.kv_idx = index + kv_position;
+        // Lanes past the end repeat the last key: a variant may index a tensor with it.
+        at.kv_idx = SimdLanes::Min(index, Broadcast(count - 1)) + kv_position;
         VInt visible = index < count;
         float* s = s_ + r * kBlockKV + n;
         VFloat x = Load(s);
@@ -251,8 +252,8 @@ class FewRows {
   void WriteStates() {
     const StateWriter<TQ, kDimVO> writer(p_, item_);
     for (int r = 0; r < kRows; ++r) {
-      const float scale = sum_[r] > 0.0f ? 1.0f / sum_[r] : 0.0f;
-      const float lse = sum_[r] > 0.0f ? max_[r] + std::log(sum_[r]) : -kInf;
+      const float scale = sum_[r] == 0.0f ? 0.0f : 1.0f / sum_[r];
+      const float lse = sum_[r] == 0.0f ? -kInf : max_[r] + std::log(sum_[r]);
       const float* o = o_ + r * kPaddedVO;
       writer.Write(r, lse, [&](int d) { return o[d] * scale; });
     }

@@ -5,6 +5,7 @@
 #ifndef TVM_FLASHINFER_CPU_SIMD_H_
 #define TVM_FLASHINFER_CPU_SIMD_H_
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -14,6 +15,7 @@
 #endif
 
 #include "../dtype.h"
+#include "../variant.h"
 
 namespace tvm_flashinfer {
 namespace cpu {
@@ -102,7 +104,8 @@ inline float ReduceMax(VFloat v) {
  */
 inline VFloat Exp(VFloat x) {
   constexpr float kLow = -87.3f;
-  const VFloat y = Min(Max(x, Broadcast(kLow)), Broadcast(88.0f));
+  // In this order NaN passes through: a comparison with it is false.
+  const VFloat y = Min(Broadcast(88.0f), Max(Broadcast(kLow), x));
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const VFloat shifted = y * 1.44269504088896341f + kRound;
   const VFloat n = shifted - kRound;
@@ -133,13 +136,63 @@ inline VFloat Tanh(VFloat x) {
   return Select(x < 0.0f, -t, t);
 }
 
+/*! Apply a scalar function lane by lane, where none is vectorised. */
+template <typename Fn>
+inline VFloat Map(VFloat x, const Fn& fn) {
+  VFloat y;
+  for (int i = 0; i < kLanes; ++i) y[i] = fn(x[i]);
+  return y;
+}
+
 /*! \brief The vocabulary a variant is written in, see variant.h. */
 struct SimdLanes {
   using Float = VFloat;
   using Int = VInt;
   using Mask = VInt;
+
+  static Float F(float x) { return Broadcast(x); }
+  static Int I(int32_t x) { return Broadcast(x); }
+  static Mask B(bool x) { return Broadcast(x ? -1 : 0); }
+  static Float ToFloat(Int x) { return __builtin_convertvector(x, VFloat); }
+  static Int ToInt(Float x) { return __builtin_convertvector(x, VInt); }
+  static Mask Not(Mask m) { return ~m; }
+  static Float Select(Mask m, Float a, Float b) { return m ? a : b; }
+  static Int Select(Mask m, Int a, Int b) { return m ? a : b; }
+  static Float Min(Float a, Float b) { return cpu::Min(a, b); }
+  static Float Max(Float a, Float b) { return cpu::Max(a, b); }
+  static Int Min(Int a, Int b) { return a < b ? a : b; }
+  static Int Max(Int a, Int b) { return a > b ? a : b; }
+  static Int FloorDiv(Int a, Int b) {
+    const Int q = a / b;  // rounds to zero; one less where the signs of rest and divisor differ
+    return q + ((a - q * b != 0) & ((a < 0) != (b < 0)));
+  }
+  static Int FloorMod(Int a, Int b) { return a - FloorDiv(a, b) * b; }
+  static Float LoadFloat(const VariantArg& arg, Int index) {
+    Float v;
+    for (int i = 0; i < kLanes; ++i) v[i] = static_cast<const float*>(arg.data)[index[i]];
+    return v;
+  }
+  static Int LoadInt(const VariantArg& arg, Int index) {
+    Int v;
+    for (int i = 0; i < kLanes; ++i) v[i] = static_cast<const int32_t*>(arg.data)[index[i]];
+    return v;
+  }
+  static Mask LoadBool(const VariantArg& arg, Int index) {
+    Mask v;
+    for (int i = 0; i < kLanes; ++i) {
+      v[i] = static_cast<const uint8_t*>(arg.data)[index[i]] ? -1 : 0;
+    }
+    return v;
+  }
   static Float Exp(Float x) { return cpu::Exp(x); }
+  static Float Exp2(Float x) { return cpu::Exp(x * 0.693147181f); }
   static Float Tanh(Float x) { return cpu::Tanh(x); }
+  static Float Sigmoid(Float x) { return 0.5f * cpu::Tanh(0.5f * x) + 0.5f; }
+  static Float Abs(Float x) { return cpu::Max(x, -x); }
+  static Float Sqrt(Float x) { return Map(x, [](float e) { return std::sqrt(e); }); }
+  static Float Log(Float x) { return Map(x, [](float e) { return std::log(e); }); }
+  static Float Sin(Float x) { return Map(x, [](float e) { return std::sin(e); }); }
+  static Float Cos(Float x) { return Map(x, [](float e) { return std::cos(e); }); }
 };
 
 inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
