@@ -51,7 +51,7 @@ void CheckType(ArgName arg, const TensorView& t, DLDataType dtype) {
 
 void CheckUnitStride(ArgName arg, const TensorView& t) {
   const int last = t.ndim() - 1;
-  TVM_FLASHINFER_CHECK(t.size(last) <= 1 || t.stride(last) == 1, ValueError)
+  TVM_FLASHINFER_CHECK(t.numel() == 0 || t.size(last) == 1 || t.stride(last) == 1, ValueError)
       << "argument `" << arg << "` of shape " << ShapeOf(t) << " has strides "
       << Extents{t.strides().data(), t.ndim()} << ", its last axis must be contiguous";
 }
@@ -151,7 +151,7 @@ float* CheckLse(ArgName arg, const TensorView& t, int64_t tokens, int64_t heads)
                        ValueError)
       << "argument `" << arg << "` has shape " << ShapeOf(t) << ", expected "
       << Extents{expected, 2} << " (tokens, query heads)";
-  TVM_FLASHINFER_CHECK(t.IsContiguous(), ValueError)
+  TVM_FLASHINFER_CHECK(t.numel() == 0 || t.IsContiguous(), ValueError)
       << "argument `" << arg << "` of shape " << ShapeOf(t) << " has strides " << StridesOf(t)
       << ", it must be contiguous";
   return reinterpret_cast<float*>(DataAt(t));

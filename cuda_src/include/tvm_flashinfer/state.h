@@ -18,16 +18,21 @@ namespace tvm_flashinfer {
  */
 template <typename StateAt>
 void MergeStates(int32_t num_states, const StateAt& state, int32_t dim, float* o, float* lse) {
-  float max = -std::numeric_limits<float>::infinity();
-  for (int32_t i = 0; i < num_states; ++i) max = std::fmax(max, state(i).lse);
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
+  float max = kNone;
+  bool any = false;  // NaN counts: it must reach the result
+  for (int32_t i = 0; i < num_states; ++i) {
+    max = std::fmax(max, state(i).lse);
+    any = any || state(i).lse != kNone;
+  }
   for (int32_t d = 0; d < dim; ++d) o[d] = 0.0f;
-  *lse = max;
-  if (max == -std::numeric_limits<float>::infinity()) return;
+  *lse = kNone;
+  if (!any) return;
   float sum = 0.0f;
   for (int32_t i = 0; i < num_states; ++i) sum += std::exp(state(i).lse - max);
   for (int32_t i = 0; i < num_states; ++i) {
     const auto s = state(i);
-    if (s.lse == -std::numeric_limits<float>::infinity()) continue;
+    if (s.lse == kNone) continue;
     const float weight = std::exp(s.lse - max) / sum;
     for (int32_t d = 0; d < dim; ++d) o[d] += weight * s.o[d];
   }

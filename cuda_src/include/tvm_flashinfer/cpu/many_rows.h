@@ -278,8 +278,8 @@ class ManyRows {
     const StateWriter<TQ, kDimVO> writer(p_, item_);
     for (int32_t row = 0; row < rows_.count; ++row) {
       const float sum = sum_[row];
-      const float scale = sum > 0.0f ? 1.0f / sum : 0.0f;
-      const float lse = sum > 0.0f ? max_[row] + std::log(sum) : -kInf;
+      const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const float lse = sum == 0.0f ? -kInf : max_[row] + std::log(sum);
       const float* o = o_ + int64_t{row / kPanel} * kPanel * kDimVO + row % kPanel;
       writer.Write(row, lse, [&](int d) { return o[d * kPanel] * scale; });
     }
