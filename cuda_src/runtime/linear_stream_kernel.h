@@ -25,18 +25,21 @@ namespace {
 #define TVM_FLASHINFER_INLINE inline __attribute__((always_inline))
 #define TVM_FLASHINFER_INLINE_LAMBDA __attribute__((always_inline))
 
+// A tile's sums, its weights and one vector of x fit into the registers: 32, or else 16.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
+constexpr int kMaxTileRows = 8;
 #elif defined(__AVX__)
 constexpr int kLanes = 8;
+constexpr int kMaxTileRows = 4;
 #else
 constexpr int kLanes = 4;
+constexpr int kMaxTileRows = 4;
 #endif
 
-// Of x, kMaxTileRows times kBlock floats (16 KiB) stay in the first-level cache while weight lines
-// stream past them; of the weight, kLineGroup times kBlock elements stay in the second-level cache
-// (half of 512 KiB) while the tiles of x take turns at them.
-constexpr int kMaxTileRows = 4;
+// Of x, kMaxTileRows times kBlock floats (16 or 32 KiB) stay in the first-level cache while weight
+// lines stream past them; of the weight, kLineGroup times kBlock elements (192 KiB) stay in the
+// second-level cache while the tiles of x take turns at them.
 constexpr int64_t kBlock = 1024;
 constexpr int64_t kLineGroup = 48;
 
@@ -187,23 +190,21 @@ TVM_FLASHINFER_INLINE void DotTile(const StreamArgs& a, const Block<W>& block, i
 template <int M, typename W>
 TVM_FLASHINFER_INLINE void DotLines(const StreamArgs& a, const Block<W>& block, const float* x,
                                     float* y) {
-  constexpr int R = M < 3 ? 4 : 3;  // M * R sums, R weights and one x in 16 registers
+  constexpr int R = M < 3 ? 4 : 3;
   const int64_t apart = block.lines / R;
   for (int64_t n = 0; n < apart; ++n) DotTile<M, R>(a, block, n, apart, x, y);
   for (int64_t n = apart * R; n < block.lines; ++n) DotTile<M, 1>(a, block, n, 1, x, y);
 }
 
-template <typename W>
-void DotRows(const StreamArgs& a, const Block<W>& block, int64_t rows, const float* x, float* y) {
-  switch (rows) {
-    case 1:
-      return DotLines<1>(a, block, x, y);
-    case 2:
-      return DotLines<2>(a, block, x, y);
-    case 3:
-      return DotLines<3>(a, block, x, y);
-    default:
-      return DotLines<4>(a, block, x, y);
+template <int M, typename W>
+TVM_FLASHINFER_INLINE void DotRows(const StreamArgs& a, const Block<W>& block, int64_t rows,
+                                   const float* x, float* y) {
+  if constexpr (M == 1) {
+    DotLines<1>(a, block, x, y);
+  } else if (rows == M) {
+    DotLines<M>(a, block, x, y);
+  } else {
+    DotRows<M - 1>(a, block, rows, x, y);
   }
 }
 
@@ -215,7 +216,8 @@ void StreamNK(const StreamArgs& a) {
   if (tiles == 1) {
     // Each line is needed once: no blocks, and fetch a little ahead on the same way.
     constexpr int64_t kAhead = 512 / sizeof(W);
-    return DotRows(a, Block<W>{weight, weight + kAhead, 0, a.k, a.n, 0, 1}, a.m, a.x, a.y);
+    return DotRows<kMaxTileRows>(a, Block<W>{weight, weight + kAhead, 0, a.k, a.n, 0, 1}, a.m, a.x,
+                                 a.y);
   }
   for (int64_t n0 = 0; n0 < a.n; n0 += kLineGroup) {
     const W* lines = weight + n0 * a.weight_ld;
@@ -229,8 +231,8 @@ void StreamNK(const StreamArgs& a) {
       block.passes = tiles;
       for (block.pass = 0; block.pass < tiles; ++block.pass) {
         const int64_t row = a.m * block.pass / tiles;  // all tiles equal, or one row less
-        DotRows(a, block, a.m * (block.pass + 1) / tiles - row, a.x + row * a.x_stride + k0,
-                a.y + row * a.y_stride + n0);
+        DotRows<kMaxTileRows>(a, block, a.m * (block.pass + 1) / tiles - row,
+                              a.x + row * a.x_stride + k0, a.y + row * a.y_stride + n0);
       }
     }
   }
