@@ -101,6 +101,7 @@ void KVCacheObj::CheckCommitted(int64_t seq_id, const Sequence& sequence, const 
 
 void KVCacheObj::Clear() {
   pages_.Clear();
+  import_.reset();
   in_forward_ = false;
 }
 
@@ -112,16 +113,19 @@ void KVCacheObj::AddSequence(int64_t seq_id) {
 void KVCacheObj::RemoveSequence(int64_t seq_id) {
   CheckIdle("remove_sequence");
   pages_.Remove(seq_id);
+  if (import_.has_value() && import_->seq_id == seq_id) import_.reset();
 }
 
 void KVCacheObj::ForkSequence(int64_t parent_seq_id, int64_t child_seq_id, int64_t fork_pos) {
   CheckIdle("fork_sequence");
   CheckCommitted(parent_seq_id, *pages_.Find(parent_seq_id), "fork_sequence");
+  CheckImported(parent_seq_id, "fork_sequence");
   pages_.Fork(parent_seq_id, child_seq_id, fork_pos);
 }
 
 void KVCacheObj::PopN(int64_t seq_id, int32_t n) {
   CheckIdle("popn");
+  CheckImported(seq_id, "popn");
   pages_.PopN(seq_id, n);
 }
 
@@ -190,6 +194,7 @@ void KVCacheObj::ReadRequests(const Shape& seq_ids, const Shape& append_lengths)
   requests_.clear();
   for (size_t i = 0; i < seq_ids.size(); ++i) {
     Sequence* sequence = pages_.Find(seq_ids[i]);
+    CheckImported(seq_ids[i], "begin_forward");
     TVM_FLASHINFER_CHECK(append_lengths[i] >= 0 && append_lengths[i] <= max_tokens, ValueError)
         << "append_lengths[" << i << "] = " << append_lengths[i] << " is outside [0, " << max_tokens
         << "]";

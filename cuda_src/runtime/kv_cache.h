@@ -6,6 +6,7 @@
 #define TVM_FLASHINFER_RUNTIME_KV_CACHE_H_
 
 #include <tvm/ffi/container/array.h>
+#include <tvm/ffi/extra/json.h>
 #include <tvm/ffi/function.h>
 #include <tvm/runtime/tensor.h>
 #include <vm/kv_state.h>
@@ -96,6 +97,9 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   /*! \brief Attend keys that `source_layer_id` appended in this step; q carries RoPE already. */
   void AttentionWithSharedKV(int64_t source_layer_id, Tensor q_data, Tensor current_k_data,
                              Tensor current_v_data, Tensor o_data, double sm_scale) final;
+  /*! \brief Merge a second attention state into the first; LSE is natural-log. */
+  tvm::ffi::Array<Tensor> MergeAttnOutputInplace(Tensor o_self_attn, Tensor lse_self_attn,
+                                                 Tensor o_cross_attn, Tensor lse_cross_attn) final;
   /*!
    * \brief Append k and v, then attend: the step's attention of one layer.
    * \param head_major q, k, v are (heads, tokens, dim); else (tokens, heads, dim). `o` is always
@@ -109,19 +113,21 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
                   Tensor v_data) final;
   void DebugSetKV(int64_t seq_id, int64_t start_pos, Tensor k_data, Tensor v_data) final;
 
-  // Parts of TVM's contract that this cache doesn't serve: each throws and says so.
-  tvm::ffi::String GetCheckpointMetadata(int64_t) const final;
+  // Checkpoints of a sequence.
+  tvm::ffi::String GetCheckpointMetadata(int64_t seq_id) const final;
   tvm::ffi::String GetLayoutHash() const final;
-  void ExportPageGroup(int64_t, int64_t, Tensor) final;
-  void PrepareImport(int64_t, tvm::ffi::String) final;
-  void ImportPageGroup(int64_t, int64_t, Tensor) final;
-  void FinishImport(int64_t) final;
+  void ExportPageGroup(int64_t seq_id, int64_t group_id, Tensor dst) final;
+  /*! \brief Make room for a sequence of that id; one that exists is replaced. */
+  void PrepareImport(int64_t seq_id, tvm::ffi::String metadata_json) final;
+  void ImportPageGroup(int64_t seq_id, int64_t group_id, Tensor src) final;
+  void FinishImport(int64_t seq_id) final;
+
+  // Parts of TVM's contract that this cache doesn't serve: each throws and says so.
   Shape DisaggPrepareRecv(int64_t, int) final;
   void DisaggMarkSend(int64_t, int64_t, const Shape&, int32_t) final;
   void SelfAttention(int64_t, Tensor, Tensor, Tensor, Tensor, Tensor, double) final;
   void CrossAttention(int64_t, Tensor, Tensor, Tensor, double) final;
   void AppendMLAKV(int64_t, Tensor) final;
-  tvm::ffi::Array<Tensor> MergeAttnOutputInplace(Tensor, Tensor, Tensor, Tensor) final;
   void LinearAttention(int64_t, Tensor, Tensor, Tensor, double) final;
   void DebugGetKVMLA(int64_t, int64_t, int64_t, Tensor) final;
 
@@ -135,6 +141,12 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
     Tensor data;
     char* k;
     char* v;
+  };
+
+  /*! A sequence that has pages already, and what it still waits for. */
+  struct Import {
+    int64_t seq_id;
+    std::vector<bool> done;  //!< [layer]
   };
 
   PlanBounds PageBounds() const;
@@ -158,6 +170,15 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   void CheckRange(int64_t seq_id, int64_t start, int64_t end) const;
   void CheckDebugTensors(const Tensor& k, const Tensor& v, int64_t length) const;
 
+  tvm::ffi::json::Object LayoutMetadata() const;
+  const Sequence* CheckpointSequence(int64_t seq_id, const char* what) const;
+  int64_t LogicalPages(const Sequence& sequence) const;
+  template <typename Copy>
+  void ForEachGroupRow(const Sequence& sequence, int64_t group_id, const Tensor& group,
+                       const Copy& copy) const;
+  Import* CheckImport(int64_t seq_id, const char* what);
+  void CheckImported(int64_t seq_id, const char* what) const;
+
   KVCacheConfig config_;
   KernelHandle kernel_;
   DLDataType dtype_;
@@ -171,6 +192,8 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   std::optional<Rope> rope_;
   std::optional<SplitRotary> split_rotary_;
   Tensor rotated_q_, rotated_k_, split_v_;  //!< [max_q_tokens, heads, dim], where something rotates
+
+  std::optional<Import> import_;
 
   // The step between begin_forward and end_forward.
   bool in_forward_ = false;

@@ -110,8 +110,7 @@ void KVCacheObj::AttentionWithSharedKV(int64_t source_layer_id, Tensor q_data,
          {DataOf(*o_data.operator->()), qo_heads * vo, vo});
 }
 
-tvm::ffi::Array<Tensor> KVCacheObj::MergeAttnOutputInplace(Tensor o_self_attn,
-                                                           Tensor lse_self_attn,
+tvm::ffi::Array<Tensor> KVCacheObj::MergeAttnOutputInplace(Tensor o_self_attn, Tensor lse_self_attn,
                                                            Tensor o_cross_attn,
                                                            Tensor lse_cross_attn) {
   static const tvm::ffi::Function merge =

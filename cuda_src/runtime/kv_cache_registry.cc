@@ -122,11 +122,14 @@ AttentionKVCache CreateKVCacheRope(Shape bounds, Shape layers, Shape heads, Func
 
 AttentionKVCache CreateKVCacheSplitRotary(Shape bounds, Shape layers, Shape heads, Function kernel,
                                           Tensor init, Function split_rotary,
-                                          tvm::ffi::Optional<Tensor> extension_factors) {
+                                          tvm::ffi::Any extension_factors) {
   const Creation creation(bounds, layers, heads, std::move(kernel), std::move(init));
   CheckNoSlidingWindow(creation.config);
+  // As TVM's cache has it, anything but a tensor means none.
+  tvm::ffi::Optional<Tensor> factors;
+  if (auto tensor = extension_factors.as<Tensor>()) factors = *tensor;
   auto cache = creation.Make();
-  cache->UseSplitRotary({std::move(split_rotary), std::move(extension_factors)});
+  cache->UseSplitRotary({std::move(split_rotary), std::move(factors)});
   return AttentionKVCache(std::move(cache));
 }
 

@@ -6,8 +6,6 @@
 
 namespace tvm_flashinfer {
 
-using tvm::ffi::String;
-
 namespace {
 [[noreturn]] void Unserved(const char* what) {
   TVM_FFI_THROW(NotImplementedError)
@@ -16,12 +14,6 @@ namespace {
 }
 }  // namespace
 
-String KVCacheObj::GetCheckpointMetadata(int64_t) const { Unserved("get_checkpoint_metadata"); }
-String KVCacheObj::GetLayoutHash() const { Unserved("get_layout_hash"); }
-void KVCacheObj::ExportPageGroup(int64_t, int64_t, Tensor) { Unserved("export_page_group"); }
-void KVCacheObj::PrepareImport(int64_t, String) { Unserved("prepare_import"); }
-void KVCacheObj::ImportPageGroup(int64_t, int64_t, Tensor) { Unserved("import_page_group"); }
-void KVCacheObj::FinishImport(int64_t) { Unserved("finish_import"); }
 Shape KVCacheObj::DisaggPrepareRecv(int64_t, int) { Unserved("disagg_prepare_recv"); }
 void KVCacheObj::DisaggMarkSend(int64_t, int64_t, const Shape&, int32_t) {
   Unserved("disagg_mark_send");
@@ -33,9 +25,6 @@ void KVCacheObj::CrossAttention(int64_t, Tensor, Tensor, Tensor, double) {
   Unserved("cross_attention");
 }
 void KVCacheObj::AppendMLAKV(int64_t, Tensor) { Unserved("append_mla_kv"); }
-tvm::ffi::Array<Tensor> KVCacheObj::MergeAttnOutputInplace(Tensor, Tensor, Tensor, Tensor) {
-  Unserved("merge_attn_output_inplace");
-}
 void KVCacheObj::LinearAttention(int64_t, Tensor, Tensor, Tensor, double) {
   Unserved("linear_attention");
 }

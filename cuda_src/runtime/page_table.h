@@ -124,6 +124,28 @@ class PageTable {
     sequences_.erase(id);
   }
 
+  /*!
+   * \brief A sequence of `length` tokens on pages of its own, in place of the one of that id.
+   * \throws ValueError when the pages don't suffice; then nothing has changed.
+   */
+  void Replace(int64_t id, int32_t length) {
+    int32_t available = num_free();
+    if (sequences_.count(id) != 0) {
+      for (int32_t page : Find(id)->pages) available += references_[page] == 1;
+    }
+    TVM_FLASHINFER_CHECK(NumPages(length) <= available, ValueError)
+        << "the KV cache has " << available << " pages of " << page_size_ << " tokens for seq_id "
+        << id << ", it needs " << NumPages(length);
+    if (sequences_.count(id) != 0) Remove(id);
+    Add(id);
+    Sequence* sequence = Find(id);
+    while (static_cast<int32_t>(sequence->pages.size()) < NumPages(length)) {
+      sequence->pages.push_back(Take());
+    }
+    sequence->length = length;
+    total_length_ += length;
+  }
+
   /*! \brief The child shares the parent's first `position` tokens; -1 is all of them. */
   void Fork(int64_t parent_id, int64_t child_id, int64_t position) {
     const Sequence* parent = Find(parent_id);
@@ -225,7 +247,9 @@ class PageTable {
   }
 
  private:
-  int32_t NumPages(int32_t slots) const { return (slots + page_size_ - 1) / page_size_; }
+  int32_t NumPages(int32_t slots) const {
+    return static_cast<int32_t>((int64_t{slots} + page_size_ - 1) / page_size_);
+  }
   int32_t PagesAfter(const AppendRequest& r) const {
     return NumPages(r.sequence->Span(r.sequence->length + r.count));
   }
