@@ -28,12 +28,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
 def compiled(
     checkpoint: Callable[[str], tuple[Path, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """``compiled(family, **options)``: the checkpoint compiled for this CPU, once per options."""
+    """``compiled(family, **options)``: the checkpoint compiled for this CPU, once per options.
+
+    The default is a batch of 64, large enough for every test to share the model.
+    """
     from tvm_flashinfer.cli.compile import Options, compile_checkpoint
 
     made: dict[tuple[Any, ...], Path] = {}
 
     def get(family: str, **options: Any) -> Path:
+        options = {"max_batch": 64, **options}
         key = (family, *sorted(options.items()))
         if key not in made:
             directory = tmp_path_factory.mktemp("models") / family

@@ -221,7 +221,7 @@ def test_generation_options(refused: Refused, compiled: Callable[..., Path]) -> 
     assert "top_p is 3.0" in refused("generate", model, "--prompt", "x", "--top-p", "3")
     assert "--temperature" in refused("generate", model, "--prompt", "x", "--temperature", "-1")
     said = refused("generate", model, "--prompt", "x", "--max-batch", "1000")
-    assert "max_batch is 1000, but the model was compiled for 1 to 8" in said
+    assert "max_batch is 1000, but the model was compiled for 1 to 64" in said
     assert "can't be read" in refused("generate", model, "--prompts-file", "/nowhere/prompts")
 
 

@@ -47,7 +47,8 @@ class Shape:
 
     @property
     def name(self) -> str:
-        return f"llama-{self.layers}x{self.hidden}-h{self.heads}/{self.kv_heads}-fp32"
+        parameters = self.read_parameters + self.vocab * self.hidden
+        return f"llama-{parameters / 1e6:.0f}m-fp32"
 
     @property
     def read_parameters(self) -> int:
@@ -83,6 +84,7 @@ def run(context: Context, shape: Shape | None = None) -> None:
     if not wanted and not context.wants(decode_case):
         return
     context.progress("make a random checkpoint")
+    context.report.machine["model"] = dataclasses.asdict(shape)
     checkpoint = context.folder / "checkpoint"
     make_checkpoint(shape, checkpoint)
     models = {}
@@ -183,7 +185,10 @@ def _prefill_row(
     context: Context, shape: Shape, models: dict[str, Subject], tokens: int, case: str
 ) -> None:
     rate = matmul_rate()
-    ours = [models["ours"].prefill(tokens) for _ in range(3)]
+    ours = []
+    for _ in range(3):
+        ours.append(models["ours"].prefill(tokens))
+        rate = max(rate, matmul_rate())
     peers = {}
     if tokens <= shape.peer_prefill_limit:
         peers[PEER] = tokens / models["tir"].prefill(tokens)
@@ -252,8 +257,9 @@ def _decode_rows(context: Context, shape: Shape, models: dict[str, Subject], cas
 def make_checkpoint(shape: Shape, directory: Path) -> None:
     """Writes a Llama with random weights, without a tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocab,

@@ -80,5 +80,12 @@ class Report:
             console.print(f"skipped {name}: {why}", markup=False, soft_wrap=True)
 
 
+def _peer(row: Row, name: str) -> str:
+    value = row.peers[name]
+    # How many times less one share is than another says nothing about speed.
+    ratio = "" if row.unit == "%" else f" ({row.ratio(value):.1f}x)"
+    return f"{name} {_number(value)}{ratio}"
+
+
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"

@@ -106,7 +106,7 @@ def _write(compiled: Any, checkpoint: Path, output: Path) -> Manifest:
 
     metadata = dict(compiled.metadata)
     manifest = Manifest(
-        target=str(compiled.target),
+        target=_target_words(str(compiled.target)),
         device=_device_of(compiled.target),
         attention=compiled.attention,
         dtype=compiled.dtype,
@@ -146,6 +146,15 @@ _MODEL_KEYS = (
     "head_dim",
     "kv_bytes_per_token",
 )
+
+
+def _target_words(target: str) -> str:
+    """A TVM target as one would type it: ``llvm -mcpu=znver3``."""
+    from tvm.target import Target
+
+    parsed = Target(target)
+    options = (f"-{key}={parsed.attrs[key]}" for key in ("mcpu", "arch") if parsed.attrs.get(key))
+    return " ".join((parsed.kind.name, *options))
 
 
 def _device_of(target: Any) -> str:

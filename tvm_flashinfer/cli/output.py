@@ -66,7 +66,7 @@ class Stages:
             self._status = None
         if self._name is not None:
             took = time.perf_counter() - self._start
-            errors.print(f"  {how:>4}  {escape(self._name):<28} {took:6.1f} s")
+            errors.print(f"  {how:>4}  {took:6.1f} s  {escape(self._name)}", soft_wrap=True)
             self._name = None
 
 
