@@ -7,12 +7,13 @@
 // float32 weight with N = 4096, K = 1024, one thread of a Zen 3 that reads 21 to 25 GB/s:
 //
 //   rows               1     2     4     8    16
-//   this kernel       24    22    18    13     6 (bound by arithmetic: 80 to 90 GFLOP/s)
+//   this kernel       24    22    18    13     9  (from 8 on bound by arithmetic, 70 to 80 GFLOP/s)
 //   OpenBLAS 0.3.34   24     7     8     5     3
 //   oneDNN 3.2        24     9     8     6     2
 //
-// 16-bit weights keep the same GB/s at few rows, that is, take half the time. BLAS overtakes
-// between 32 and 128 rows. scripts/bench_linear.py measures anew.
+// (The machine was shared: best runs of several.) At 1 and 2 rows 16-bit weights keep the same
+// GB/s, that is, take half the time. BLAS draws level between 32 and 128 rows.
+// scripts/bench_linear.py measures anew.
 #ifndef TVM_FLASHINFER_RUNTIME_LINEAR_STREAM_H_
 #define TVM_FLASHINFER_RUNTIME_LINEAR_STREAM_H_
 
