@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         app(args=None if argv is None else list(argv), prog_name="tvm-flashinfer")
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else EXIT_OURS
+        return EXIT_DONE if end.code is None else int(end.code)
     except Exception as error:
         if is_user_mistake(error):
             errors.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)

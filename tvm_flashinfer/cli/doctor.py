@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__, _library
+from .._blas import find_blas
 from ..jit import CompilerError, cache_dir, find_compiler
 from .output import screen
 
@@ -168,12 +169,17 @@ def _cpu() -> Iterator[Finding]:
 
 
 def _blas() -> Iterator[Finding]:
-    version = _installed("scipy-openblas32")
-    if version is None:
+    named = os.environ.get("TVM_FLASHINFER_BLAS")
+    path = Path(named) if named else find_blas()
+    if path is not None and path.is_file():
+        version = "" if named else f", scipy-openblas32 {_installed('scipy-openblas32')}"
+        yield Finding("BLAS", "ok", f"{path}{version}")
+    elif named:
+        advice = "name a BLAS library, or unset it and run: pip install scipy-openblas32"
+        yield Finding("BLAS", "broken", f"TVM_FLASHINFER_BLAS={named} is not a file", advice)
+    else:
         advice = "linear layers on the CPU need it: pip install scipy-openblas32"
         yield Finding("BLAS", "broken", "scipy-openblas32 is not installed", advice)
-    else:
-        yield Finding("BLAS", "ok", f"OpenBLAS (scipy-openblas32 {version})")
 
 
 def _gpu() -> Iterator[Finding]:

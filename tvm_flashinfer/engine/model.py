@@ -64,7 +64,9 @@ class CompiledModel:
         manifest.check_tvm(tvm.__version__, root)
         load_library()  # registers the packed functions that lib.so calls
         self._device = _device(manifest, root)
-        self.max_batch = _bounded("max_batch", max_batch, manifest.max_batch)
+        # A decode step appends one token for each sequence, within the bound of one pass.
+        limit = min(manifest.max_batch, manifest.prefill_chunk_size)
+        self.max_batch = _bounded("max_batch", max_batch, limit)
         self._params, self.weight_bytes = _load_params(root / WEIGHTS, manifest, self._device)
         try:
             library = tvm.runtime.load_module(str(root / LIBRARY))
