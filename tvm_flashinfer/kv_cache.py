@@ -17,6 +17,7 @@ message says what was given and what is accepted, and leaves the cache as it was
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache as memoize
@@ -27,6 +28,7 @@ import tvm_ffi
 
 from . import _library
 from .jit import AttentionSpec, Progress, build_attention, load_kernel
+from .rope import RopeConfig
 
 
 @memoize
@@ -67,6 +69,8 @@ class KVCache:
         dtype: str = "float32",
         kv_dtype: str | None = None,
         first_layer: int = 0,
+        rope: RopeConfig | None = None,
+        sliding_window: bool = False,
         mcpu: str = "native",
         progress: Progress | None = None,
     ) -> KVCache:
@@ -88,6 +92,10 @@ class KVCache:
             Tokens of a page, at least 1.
         dtype, kv_dtype : str
             Of queries and outputs, and of the pool (the same unless given).
+        rope : RopeConfig, optional
+            The cache rotates new queries and keys. Unless given, they come rotated.
+        sliding_window : bool
+            Sequences may be given a window: see :meth:`enable_sliding_window`.
         mcpu : str
             The CPU to compile the kernel for.
         progress : callable, optional
@@ -104,13 +112,20 @@ class KVCache:
         pool_dtype = dtype if kv_dtype is None else kv_dtype
         spec = AttentionSpec(dtype, pool_dtype, head_dim, dim_vo)
         kernel = load_kernel(build_attention(spec, mcpu=mcpu, progress=progress))
-        bounds = (max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, 0)
-        handle = _function("tvm_flashinfer.kv_cache_create")(
-            tvm_ffi.Shape(bounds),
+        bounds = (max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, sliding_window)
+        create = "tvm_flashinfer.kv_cache_create"
+        rotation: tuple[Any, ...] = ()
+        if rope is not None:
+            create += "_rope"
+            frequencies, magnitude = rope.resolve(head_dim)
+            rotation = (tvm.runtime.tensor(frequencies), magnitude, rope.interleaved)
+        handle = _function(create)(
+            tvm_ffi.Shape([int(bound) for bound in bounds]),
             tvm_ffi.Shape((first_layer, first_layer + num_layers)),
             tvm_ffi.Shape((num_qo_heads, num_kv_heads, head_dim, dim_vo)),
             kernel,
             tvm.runtime.empty((0,), pool_dtype),
+            *rotation,
         )
         return cls(handle)
 
@@ -135,37 +150,74 @@ class KVCache:
         """Forget the last ``count`` tokens of a sequence."""
         self._call("kv_state_popn", seq_id, count)
 
+    def enable_sliding_window(self, seq_id: int, window: int, sink: int = 0) -> None:
+        """From now on keep at most ``window`` tokens of a sequence between steps.
+
+        What is dropped are the oldest tokens after the first ``sink`` ones (StreamingLLM). The
+        tokens that are kept count as neighbours: positions are those within the cache. A step
+        still sees everything that was kept before it.
+        """
+        self._call("attention_kv_cache_enable_sliding_window_for_seq", seq_id, window, sink)
+
     def clear(self) -> None:
         """Forget every sequence, and a step that was begun."""
         self._call("kv_state_clear")
 
     # -- a step
 
-    def begin_forward(self, seq_ids: Sequence[int], lengths: Sequence[int]) -> None:
+    def begin_forward(
+        self,
+        seq_ids: Sequence[int],
+        lengths: Sequence[int],
+        tree_parents: Sequence[int] | None = None,
+    ) -> None:
         """Plan a step in which ``seq_ids[i]`` gains ``lengths[i]`` tokens.
 
         The step's tokens are those of all sequences one after another, in this order.
 
+        With ``tree_parents``, one for each token, a sequence's new tokens are nodes of a tree that
+        grows at its end: a node sees the tokens before the tree and its ancestors. A parent is an
+        earlier node, counted from the tree's first one, or -1. :meth:`commit_tree` ends the tree.
+
         Raises
         ------
         ValueError
-            If a sequence is unknown or named twice, or the step exceeds the cache's bounds or its
-            free pages. The cache is then as it was.
+            If a sequence is unknown or named twice, a parent is no earlier node, or the step
+            exceeds the cache's bounds or its free pages. The cache is then as it was.
         """
-        self._call("kv_state_begin_forward", tvm_ffi.Shape(seq_ids), tvm_ffi.Shape(lengths))
+        args = [tvm_ffi.Shape(seq_ids), tvm_ffi.Shape(lengths)]
+        if tree_parents is not None:
+            args.append(tvm_ffi.Shape(tree_parents))
+        self._call("kv_state_begin_forward", *args)
 
     def end_forward(self) -> None:
         """End the step; RuntimeError if none was begun."""
         self._call("kv_state_end_forward")
 
     @contextmanager
-    def step(self, seq_ids: Sequence[int], lengths: Sequence[int]) -> Iterator[None]:
+    def step(
+        self,
+        seq_ids: Sequence[int],
+        lengths: Sequence[int],
+        tree_parents: Sequence[int] | None = None,
+    ) -> Iterator[None]:
         """:meth:`begin_forward` on entry, :meth:`end_forward` on exit."""
-        self.begin_forward(seq_ids, lengths)
+        self.begin_forward(seq_ids, lengths, tree_parents)
         try:
             yield
         finally:
             self.end_forward()
+
+    def commit_tree(self, seq_ids: Sequence[int], leaves: Sequence[int]) -> None:
+        """Of each sequence's tree keep the path from its root to ``leaves[i]``; -1 keeps nothing.
+
+        The kept tokens become the sequence's next ones; the others are forgotten.
+        """
+        self._call(
+            "attention_kv_cache_commit_accepted_token_tree_nodes",
+            tvm_ffi.Shape(seq_ids),
+            tvm_ffi.Shape(leaves),
+        )
 
     def attention(
         self,
@@ -205,6 +257,19 @@ class KVCache:
             sm_scale = qkv.shape[-1] ** -0.5
         self._call("attention_kv_cache_attention_with_fused_qkv", layer_id, sm_scale, qkv, out)
 
+    def attention_shared_kv(
+        self, source_layer: int, q: Any, k: Any, v: Any, out: Any, *, sm_scale: float | None = None
+    ) -> None:
+        """Attend the keys and values of a layer that has run in this step, appending nothing.
+
+        ``k`` and ``v`` are that layer's new ones; ``q`` is not rotated.
+        """
+        if sm_scale is None:
+            sm_scale = q.shape[-1] ** -0.5
+        self._call(
+            "attention_kv_cache_attention_with_shared_kv", source_layer, sm_scale, q, k, v, out
+        )
+
     def query_positions(self) -> Any:
         """Positions of the step's tokens in their sequences: int32 ``[tokens]``."""
         return self._call("attention_kv_cache_get_query_positions")
@@ -243,3 +308,86 @@ class KVCache:
         A page that is shared changes for every sequence that holds it.
         """
         _function("tvm_flashinfer.kv_cache_debug_set_kv")(self.handle, seq_id, begin, k, v)
+
+    # -- checkpoints
+
+    def layout_hash(self) -> str:
+        """Equal in caches that take each other's checkpoints."""
+        return str(self._call("attention_kv_cache_get_layout_hash"))
+
+    def export_sequence(self, seq_id: int) -> tuple[str, list[Any]]:
+        """A sequence as JSON metadata and one tensor for each layer.
+
+        The tensors are ``[1, pages, 2, num_kv_heads, page_size, dim]``: keys and values in the
+        order of the tokens, zeros after the last one. Equal sequences give equal bytes.
+        """
+        metadata = str(self._call("attention_kv_cache_get_checkpoint_metadata", seq_id))
+        tensors = []
+        for index, group in enumerate(json.loads(metadata)["groups"]):
+            tensors.append(tvm.runtime.empty(group["shape"], group["dtype"]))
+            self._call("attention_kv_cache_export_page_group", seq_id, index, tensors[-1])
+        return metadata, tensors
+
+    def import_sequence(self, seq_id: int, metadata: str, tensors: Sequence[Any]) -> None:
+        """Add what :meth:`export_sequence` gave, or replace the sequence of that id by it.
+
+        Raises
+        ------
+        ValueError
+            If the checkpoint is of another layout, or the free pages don't hold it. The cache is
+            then as it was; if a tensor is refused, the sequence is removed.
+        """
+        self._call("attention_kv_cache_prepare_import", seq_id, metadata)
+        try:
+            for index, tensor in enumerate(tensors):
+                self._call("attention_kv_cache_import_page_group", seq_id, index, tensor)
+            self._call("attention_kv_cache_finish_import", seq_id)
+        except Exception:
+            self.remove_sequence(seq_id)
+            raise
+
+
+_MHA, _ROPE_NONE, _ROPE_NORMAL = 0, 0, 1
+
+
+@tvm_ffi.register_global_func("tvm_flashinfer.paged_attention_kv_cache_create")
+def _create_as_tvm(*args: Any) -> Any:
+    """``vm.builtin.paged_attention_kv_cache_create`` with our cache as its result.
+
+    Takes the same 28 or 29 arguments. Of the functions among them it uses the one that rotates,
+    which knows the model's scaling; all others are replaced by one kernel, compiled here for the
+    dtype and head sizes that are asked for.
+    """
+    if len(args) not in (28, 29):
+        raise ValueError(f"expected 28 or 29 arguments as TVM's KV cache takes, got {len(args)}")
+    bounds, layers, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, kinds = args[:7]
+    transfer, rope_mode, extension_factors, init, split_rotary = (
+        args[i] for i in (7, 8, 11, 12, 24)
+    )
+    if len(layers) != 2:
+        raise ValueError(f"layer_indptr has {len(layers)} entries, expected 2: one pipeline stage")
+    if any(kind != _MHA for kind in list(kinds)[layers[0] : layers[1]]):
+        raise NotImplementedError(f"attn_kinds are {list(kinds)}: this cache serves 0 (mha)")
+    if rope_mode not in (_ROPE_NONE, _ROPE_NORMAL):
+        raise NotImplementedError(
+            f"rope_mode is {rope_mode}: this cache serves 0 (none) and 1 (normal)"
+        )
+    if transfer:
+        raise NotImplementedError("enable_kv_transfer: this cache doesn't transfer pages")
+    dtype = str(init.dtype)
+    kernel = load_kernel(
+        build_attention(AttentionSpec(dtype, dtype, int(head_dim_qk), int(head_dim_vo)))
+    )
+    create = "tvm_flashinfer.kv_cache_create"
+    rotation: tuple[Any, ...] = ()
+    if rope_mode == _ROPE_NORMAL:
+        create += "_split_rotary"
+        rotation = (split_rotary, extension_factors)
+    return _function(create)(
+        tvm_ffi.Shape(list(bounds)[:5]),
+        layers,
+        tvm_ffi.Shape([num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo]),
+        kernel,
+        init,
+        *rotation,
+    )

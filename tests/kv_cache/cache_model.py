@@ -63,10 +63,13 @@ class Dims:
     page_size: int = 16
     dtype: str = "float32"
     first_layer: int = 0
+    sliding_window: bool = False
 
     @property
     def num_pages(self) -> int:
-        return -(-self.max_total_seq_len // self.page_size)
+        pages = -(-self.max_total_seq_len // self.page_size)
+        # A window starts and ends within a page.
+        return pages + 2 * self.max_batch_size if self.sliding_window else pages
 
     def create(self) -> KVCache:
         return KVCache.create(**{name: getattr(self, name) for name in self.__dataclass_fields__})
@@ -90,6 +93,40 @@ class Tokens:
         return Tokens(np.concatenate([self.k, k], 1), np.concatenate([self.v, v], 1))
 
 
+class Pages:
+    """Who holds which page, counted from where each token lies: no reference counts here."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        #: Of each sequence and token: its page, which is an object, and its slot there.
+        self.tokens: dict[int, list[tuple[object, int]]] = {}
+
+    def in_use(self) -> int:
+        return len({id(page) for tokens in self.tokens.values() for page, _ in tokens})
+
+    def append(self, seq_id: int, count: int) -> None:
+        """Tokens follow the last one; a page that others hold too is copied first."""
+        tokens = self.tokens[seq_id]
+        for _ in range(count):
+            page, slot = tokens[-1] if tokens else (None, -1)
+            slot = (slot + 1) % self.page_size
+            if slot == 0:
+                page = object()
+            elif self._shared(seq_id, page):
+                page, old = object(), page
+                tokens[:] = [(page if p is old else p, s) for p, s in tokens]
+            tokens.append((page, slot))
+
+    def _shared(self, seq_id: int, page: object) -> bool:
+        others = (tokens for s, tokens in self.tokens.items() if s != seq_id)
+        return any(p is page for tokens in others for p, _ in tokens)
+
+    def copy(self) -> Pages:
+        other = Pages(self.page_size)
+        other.tokens = {s: list(tokens) for s, tokens in self.tokens.items()}
+        return other
+
+
 @dataclass
 class Twin:
     """A cache and its model, side by side."""
@@ -100,43 +137,94 @@ class Twin:
     def __post_init__(self) -> None:
         self.cache = self.dims.create()
         self.sequences: dict[int, Tokens] = {}
+        self.pages = Pages(self.dims.page_size)
+        self.trees: dict[int, list[int]] = {}  # parents of drafted tokens
+        self.windows: dict[int, tuple[int, int]] = {}  # window and sink
         self.rng = np.random.default_rng(self.seed)
         self.forms = 0
 
     def random(self, *shape: int) -> Array:
         return self.rng.standard_normal(shape, np.float32).astype(numpy_dtype(self.dims.dtype))
 
-    def empty_tokens(self, length: int = 0) -> Tokens:
+    def empty_tokens(self) -> Tokens:
         d = self.dims
-        shape = (d.num_layers, length, d.num_kv_heads, d.head_dim)
-        return Tokens(np.zeros(shape, numpy_dtype(d.dtype)), np.zeros(shape, numpy_dtype(d.dtype)))
+        empty = np.zeros((d.num_layers, 0, d.num_kv_heads, d.head_dim), numpy_dtype(d.dtype))
+        return Tokens(empty, empty)
+
+    def length(self, seq_id: int) -> int:
+        return self.sequences[seq_id].length
 
     # -- calls on both
 
     def add(self, seq_id: int) -> None:
         self.cache.add_sequence(seq_id)
         self.sequences[seq_id] = self.empty_tokens()
+        self.pages.tokens[seq_id] = []
 
     def remove(self, seq_id: int) -> None:
         self.cache.remove_sequence(seq_id)
-        del self.sequences[seq_id]
+        del self.sequences[seq_id], self.pages.tokens[seq_id]
+        self.trees.pop(seq_id, None)
+        self.windows.pop(seq_id, None)
 
     def fork(self, parent: int, child: int, position: int = -1) -> None:
         self.cache.fork_sequence(parent, child, position)
-        tokens = self.sequences[parent]
-        self.sequences[child] = tokens[: tokens.length if position == -1 else position]
+        if position == -1:
+            position = self.length(parent)
+        self.sequences[child] = self.sequences[parent][:position]
+        self.pages.tokens[child] = self.pages.tokens[parent][:position]
 
     def pop(self, seq_id: int, count: int) -> None:
         self.cache.pop(seq_id, count)
-        tokens = self.sequences[seq_id]
-        self.sequences[seq_id] = tokens[: tokens.length - count]
+        self._truncate(seq_id, count)
+        if seq_id in self.trees:
+            tree = self.trees[seq_id]
+            del tree[max(0, len(tree) - count) :]
+            if not tree:
+                del self.trees[seq_id]
+
+    def _truncate(self, seq_id: int, count: int) -> None:
+        length = self.length(seq_id) - count
+        self.sequences[seq_id] = self.sequences[seq_id][:length]
+        del self.pages.tokens[seq_id][length:]
+
+    def clear(self) -> None:
+        self.cache.clear()
+        for table in (self.sequences, self.pages.tokens, self.trees, self.windows):
+            table.clear()
+
+    def enable_window(self, seq_id: int, window: int, sink: int) -> None:
+        self.cache.enable_sliding_window(seq_id, window, sink)
+        self.windows[seq_id] = (window, sink)
+
+    def _slide(self, seq_id: int) -> None:
+        window, sink = self.windows.get(seq_id, (2**31, 0))
+        drop = self.length(seq_id) - window
+        if drop > 0 and seq_id not in self.trees:
+            tokens = self.sequences[seq_id]
+            self.sequences[seq_id] = tokens[:sink].extended(
+                tokens.k[:, sink + drop :], tokens.v[:, sink + drop :]
+            )
+            del self.pages.tokens[seq_id][sink : sink + drop]
+
+    def fits(self, seq_ids: Sequence[int], lengths: Sequence[int]) -> bool:
+        """Whether the pool holds a step."""
+        after = self.pages.copy()
+        for seq_id, count in zip(seq_ids, lengths, strict=True):
+            after.append(seq_id, count)
+        return after.in_use() <= self.dims.num_pages
 
     def forward(
-        self, seq_ids: Sequence[int], lengths: Sequence[int], form: str | None = None
+        self,
+        seq_ids: Sequence[int],
+        lengths: Sequence[int],
+        form: str | None = None,
+        trees: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """One step over every layer. Attention is compared with the oracle, token by token.
 
         ``form`` is "token", "head" (the order of q's axes) or "fused"; they take turns otherwise.
+        ``trees[i]`` are the parents of the new tokens of ``seq_ids[i]``.
         """
         if form is None:
             form = ("token", "head", "fused")[self.forms % 3]
@@ -145,29 +233,60 @@ class Twin:
         q = self.random(d.num_layers, n, d.num_qo_heads, d.head_dim)
         k = self.random(d.num_layers, n, d.num_kv_heads, d.head_dim)
         v = self.random(d.num_layers, n, d.num_kv_heads, d.head_dim)
-        before = {s: self.sequences[s].length for s in seq_ids}
-        with self.cache.step(seq_ids, lengths):
-            at = 0
+        parents = None if trees is None else [p for tree in trees for p in tree]
+        with self.cache.step(seq_ids, lengths, parents):
             positions = self.cache.query_positions().numpy()
-            assert positions.dtype == np.int32
-            assert positions.tolist() == [
-                before[s] + i
-                for s, count in zip(seq_ids, lengths, strict=True)
-                for i in range(count)
-            ]
             outputs = [
                 self._attend(d.first_layer + layer, q[layer], k[layer], v[layer], form)
                 for layer in range(d.num_layers)
             ]
-        for seq_id, count in zip(seq_ids, lengths, strict=True):
+        assert positions.dtype == np.int32 and positions.shape == (n,)
+        at = 0
+        for i, (seq_id, count) in enumerate(zip(seq_ids, lengths, strict=True)):
             new = slice(at, at + count)
+            at += count
+            if trees is not None and trees[i]:
+                self.trees.setdefault(seq_id, []).extend(trees[i])
             tokens = self.sequences[seq_id].extended(k[:, new], v[:, new])
             self.sequences[seq_id] = tokens
+            self.pages.append(seq_id, count)
+            visible, expected_positions = self._sight(seq_id, count)
+            assert positions[new].tolist() == expected_positions
             for layer in range(d.num_layers):
-                expected = reference_attention(q[layer, new], tokens.k[layer], tokens.v[layer])
+                expected = reference_attention(
+                    q[layer, new], tokens.k[layer], tokens.v[layer], visible
+                )
                 error = np.abs(outputs[layer][new].astype(np.float64) - expected)
                 assert error.max(initial=0.0) <= TOLERANCE[d.dtype], (seq_id, layer, form)
-            at += count
+            self._slide(seq_id)
+
+    def _sight(self, seq_id: int, count: int) -> tuple[Array, list[int]]:
+        """What each of the last `count` tokens sees, and its position."""
+        tree = self.trees.get(seq_id, [])
+        prefix = self.length(seq_id) - len(tree)
+        visible = np.tri(self.length(seq_id), dtype=bool)
+        depths = list(range(prefix))
+        for node, parent in enumerate(tree):
+            row = visible[prefix + node]
+            row[prefix:] = False if parent < 0 else visible[prefix + parent, prefix:]
+            row[prefix + node] = True
+            depths.append(prefix if parent < 0 else depths[prefix + parent] + 1)
+        last = slice(self.length(seq_id) - count, None)
+        return visible[last], depths[last]
+
+    def commit(self, seq_ids: Sequence[int], leaves: Sequence[int]) -> None:
+        self.cache.commit_tree(seq_ids, leaves)
+        for seq_id, leaf in zip(seq_ids, leaves, strict=True):
+            tree = self.trees.pop(seq_id, [])
+            prefix = self.length(seq_id) - len(tree)
+            path = []
+            while leaf >= 0:
+                path.insert(0, prefix + leaf)
+                leaf = tree[leaf]
+            tokens = self.sequences[seq_id]
+            self._truncate(seq_id, len(tree) - len(path))
+            self.sequences[seq_id] = tokens[:prefix].extended(tokens.k[:, path], tokens.v[:, path])
+            self._slide(seq_id)
 
     def _attend(self, layer: int, q: Array, k: Array, v: Array, form: str) -> Array:
         out = tvm.runtime.empty(q.shape, self.dims.dtype)
@@ -197,6 +316,5 @@ class Twin:
             assert found.k.tobytes() == tokens.k.tobytes(), f"keys of sequence {seq_id}"
             assert found.v.tobytes() == tokens.v.tobytes(), f"values of sequence {seq_id}"
         assert self.cache.total_length == sum(t.length for t in self.sequences.values())
+        assert self.cache.num_free_pages == self.dims.num_pages - self.pages.in_use()
         assert self.cache.is_empty == (not self.sequences)
-        if not self.sequences:
-            assert self.cache.num_free_pages == self.dims.num_pages

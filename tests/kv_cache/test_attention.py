@@ -137,3 +137,21 @@ def test_debug_set_writes_any_range_and_attention_sees_it(dtype: str) -> None:
     twin.check()
     twin.forward([0], [3])
     twin.check()
+
+
+def test_a_layer_may_attend_the_keys_of_another_one() -> None:
+    twin = Twin(Dims(num_layers=1))
+    twin.add(0)
+    twin.forward([0], [20])
+    tokens = twin.sequences[0]
+    q, shared_q, k, v = (twin.random(4, heads, 32) for heads in (6, 6, 2, 2))
+    out = tvm.runtime.empty(q.shape, "float32")
+    with twin.cache.step([0], [4]):
+        twin._attend(0, q, k, v, "token")
+        twin.cache.attention_shared_kv(0, to_tvm(shared_q), to_tvm(k), to_tvm(v), out)
+    tokens = tokens.extended(k[None], v[None])
+    expected = reference_attention(shared_q, tokens.k[0], tokens.v[0])
+    assert np.abs(out.numpy() - expected).max() <= TOLERANCE["float32"]
+    twin.sequences[0] = tokens
+    twin.pages.append(0, 4)
+    twin.check()

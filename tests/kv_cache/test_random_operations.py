@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 from cache_model import Dims, Twin
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 QUICK = settings(
     max_examples=12,
@@ -25,45 +19,19 @@ QUICK = settings(
 #: 60 * 220 = 13,200 operations.
 HEAVY = settings(QUICK, max_examples=60, stateful_step_count=220)
 
+CHUNK = 24  # most tokens of a step
 
-class Pages:
-    """What pages a set of sequences needs, counted from who wrote which page: no reference count.
 
-    A page is a list of tokens; two sequences share one if they hold the same list object.
-    """
+def any_sequence(machine: Operations) -> bool:
+    return bool(machine.twin.sequences)
 
-    def __init__(self, page_size: int) -> None:
-        self.page_size = page_size
-        self.held: dict[int, list[object]] = {}
-        self.lengths: dict[int, int] = {}
 
-    def in_use(self) -> int:
-        return len({id(page) for pages in self.held.values() for page in pages})
+def any_committed(machine: Operations) -> bool:
+    return bool(machine.committed())
 
-    def resize(self, seq_id: int, length: int) -> None:
-        pages = self.held[seq_id]
-        while len(pages) * self.page_size < length:
-            pages.append(object())
-        del pages[-(-length // self.page_size) :]
-        self.lengths[seq_id] = length
 
-    def append(self, seq_id: int, count: int) -> None:
-        pages, length = self.held[seq_id], self.lengths[seq_id]
-        if count and length % self.page_size:
-            last = pages[-1]
-            if any(last in other for s, other in self.held.items() if s != seq_id):
-                pages[-1] = object()
-        self.resize(seq_id, length + count)
-
-    def fork(self, parent: int, child: int, length: int) -> None:
-        self.held[child] = list(self.held[parent])
-        self.resize(child, length)
-
-    def copy(self) -> Pages:
-        other = Pages(self.page_size)
-        other.held = {s: list(pages) for s, pages in self.held.items()}
-        other.lengths = dict(self.lengths)
-        return other
+def room_for_one(machine: Operations) -> bool:
+    return len(machine.twin.sequences) < machine.max_sequences
 
 
 class Operations(RuleBasedStateMachine):
@@ -75,156 +43,187 @@ class Operations(RuleBasedStateMachine):
         page_size=st.sampled_from([1, 3, 5, 16]),
         tokens=st.integers(40, 200),
         dtype=st.sampled_from(["float32", "float16"]),
+        sliding_window=st.booleans(),
         seed=st.integers(0, 1000),
     )
-    def create(self, page_size: int, tokens: int, dtype: str, seed: int) -> None:
-        self.twin = Twin(
-            Dims(
-                page_size=page_size,
-                dtype=dtype,
-                max_total_seq_len=tokens,
-                max_batch_size=4,
-                prefill_chunk_size=24,
-            ),
-            seed,
+    def create(
+        self, page_size: int, tokens: int, dtype: str, sliding_window: bool, seed: int
+    ) -> None:
+        dims = Dims(
+            page_size=page_size,
+            dtype=dtype,
+            max_total_seq_len=tokens,
+            max_batch_size=4,
+            prefill_chunk_size=CHUNK,
+            sliding_window=sliding_window,
         )
-        self.pages = Pages(page_size)
+        self.twin = Twin(dims, seed)
         self.next_id = 0
 
-    def known(self, data: st.DataObject) -> int:
-        return data.draw(st.sampled_from(sorted(self.twin.sequences)), label="sequence")
+    def committed(self) -> list[int]:
+        """Sequences that end in no token tree."""
+        return sorted(set(self.twin.sequences) - set(self.twin.trees))
 
     def new_id(self) -> int:
         self.next_id += 1
         return self.next_id
 
-    def has_sequences(self) -> bool:
-        return bool(self.twin.sequences)
+    @staticmethod
+    def one_of(data: st.DataObject, ids: list[int]) -> int:
+        return data.draw(st.sampled_from(ids), label="sequence")
 
-    def has_room(self) -> bool:
-        return len(self.twin.sequences) < self.max_sequences
+    @staticmethod
+    def some_of(data: st.DataObject, ids: list[int]) -> list[int]:
+        return data.draw(st.lists(st.sampled_from(ids), max_size=4, unique=True), label="ids")
 
-    @precondition(has_room)
+    # -- sequences
+
+    @precondition(room_for_one)
     @rule()
     def add(self) -> None:
-        seq_id = self.new_id()
-        self.twin.add(seq_id)
-        self.pages.held[seq_id], self.pages.lengths[seq_id] = [], 0
+        self.twin.add(self.new_id())
 
-    @precondition(lambda self: self.has_sequences() and self.has_room())
+    @precondition(any_committed)
+    @precondition(room_for_one)
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
-        parent, child = self.known(data), self.new_id()
-        length = self.twin.sequences[parent].length
-        position = data.draw(st.integers(-1, length), label="position")
-        self.twin.fork(parent, child, position)
-        self.pages.fork(parent, child, length if position == -1 else position)
+        parent = self.one_of(data, self.committed())
+        position = data.draw(st.integers(-1, self.twin.length(parent)), label="position")
+        self.twin.fork(parent, self.new_id(), position)
 
-    @precondition(has_sequences)
+    @precondition(any_sequence)
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
-        seq_id = self.known(data)
-        self.twin.remove(seq_id)
-        del self.pages.held[seq_id], self.pages.lengths[seq_id]
+        self.twin.remove(self.one_of(data, sorted(self.twin.sequences)))
 
-    @precondition(has_sequences)
+    @precondition(any_sequence)
     @rule(data=st.data())
     def pop(self, data: st.DataObject) -> None:
-        seq_id = self.known(data)
-        length = self.twin.sequences[seq_id].length
-        count = data.draw(st.integers(0, length), label="count")
-        self.twin.pop(seq_id, count)
-        self.pages.resize(seq_id, length - count)
+        seq_id = self.one_of(data, sorted(self.twin.sequences))
+        self.twin.pop(seq_id, data.draw(st.integers(0, self.twin.length(seq_id)), label="count"))
 
-    @precondition(has_sequences)
+    @precondition(any_sequence)
+    @precondition(lambda self: self.twin.dims.sliding_window)
+    @rule(data=st.data(), window=st.integers(1, 30))
+    def enable_window(self, data: st.DataObject, window: int) -> None:
+        seq_id = self.one_of(data, sorted(self.twin.sequences))
+        sink = data.draw(st.integers(0, window - 1), label="sink")
+        try:
+            self.twin.enable_window(seq_id, window, sink)
+        except ValueError as error:
+            # It has one, or was forked out of another one.
+            assert seq_id in self.twin.windows or "forked from a window" in str(error)
+
+    # -- steps
+
+    @precondition(any_committed)
     @rule(data=st.data())
     def forward(self, data: st.DataObject) -> None:
-        """A step of some sequences; where the pool can't hold it, it must be refused whole."""
-        known = sorted(self.twin.sequences)
-        ids = data.draw(st.lists(st.sampled_from(known), max_size=4, unique=True), label="ids")
-        longest = 24 // max(1, len(ids))
-        lengths = [data.draw(st.integers(0, longest), label="length") for _ in ids]
-        after = self.pages.copy()
-        for seq_id, count in zip(ids, lengths, strict=True):
-            after.append(seq_id, count)
-        if after.in_use() <= self.twin.dims.num_pages:
-            self.twin.forward(ids, lengths)
-            self.pages = after
-        else:
-            with pytest.raises(ValueError, match="free pages"):
-                self.twin.cache.begin_forward(ids, lengths)
+        ids = self.some_of(data, self.committed())
+        longest = CHUNK // max(1, len(ids))
+        self.step(ids, [data.draw(st.integers(0, longest), label="length") for _ in ids])
 
-    @precondition(has_sequences)
+    @precondition(any_committed)
     @rule(data=st.data())
     def decode(self, data: st.DataObject) -> None:
-        ids = data.draw(
-            st.lists(st.sampled_from(sorted(self.twin.sequences)), max_size=4, unique=True),
-            label="ids",
-        )
-        after = self.pages.copy()
+        ids = self.some_of(data, self.committed())
+        self.step(ids, [1] * len(ids))
+
+    @precondition(any_sequence)
+    @rule(data=st.data())
+    def draft(self, data: st.DataObject) -> None:
+        """Grow a token tree on each of some sequences."""
+        ids = self.some_of(data, sorted(self.twin.sequences))
+        trees = []
         for seq_id in ids:
-            after.append(seq_id, 1)
-        if after.in_use() <= self.twin.dims.num_pages:
-            self.twin.forward(ids, [1] * len(ids))
-            self.pages = after
+            old = len(self.twin.trees.get(seq_id, []))
+            nodes = data.draw(st.integers(0, CHUNK // len(ids)), label="nodes")
+            trees.append(
+                [data.draw(st.integers(-1, old + i - 1), label="parent") for i in range(nodes)]
+            )
+        self.step(ids, [len(tree) for tree in trees], trees)
+
+    @precondition(lambda self: bool(self.twin.trees))
+    @rule(data=st.data())
+    def commit(self, data: st.DataObject) -> None:
+        ids = self.some_of(data, sorted(self.twin.trees))
+        leaves = [
+            data.draw(st.integers(-1, len(self.twin.trees[s]) - 1), label="leaf") for s in ids
+        ]
+        self.twin.commit(ids, leaves)
+
+    def step(
+        self, ids: list[int], lengths: list[int], trees: list[list[int]] | None = None
+    ) -> None:
+        """A step, or, where the pool can't hold it, its refusal."""
+        if self.twin.fits(ids, lengths):
+            self.twin.forward(ids, lengths, trees=trees)
+            return
+        parents = None if trees is None else [parent for tree in trees for parent in tree]
+        with pytest.raises(ValueError, match="free pages"):
+            self.twin.cache.begin_forward(ids, lengths, parents)
+
+    # -- failures
 
     @rule(data=st.data())
     def refused(self, data: st.DataObject) -> None:
-        """A call that must fail; the invariants then find everything as it was."""
+        """A call that must fail; the invariant then finds everything as it was."""
         cache, unknown = self.twin.cache, 10**9
         known = sorted(self.twin.sequences)
         some = known[0] if known else unknown
-        length = self.twin.sequences[some].length if known else 0
-        calls: list[tuple[type[Exception], Any]] = [
+        length = self.twin.length(some) if known else 0
+        calls: list[tuple[type[Exception], Callable[[], object]]] = [
             (ValueError, lambda: cache.remove_sequence(unknown)),
             (ValueError, lambda: cache.fork_sequence(unknown, unknown + 1)),
-            (ValueError, lambda: cache.fork_sequence(some, unknown + 1, length + 1)),
             (ValueError, lambda: cache.pop(some, length + 1)),
             (ValueError, lambda: cache.begin_forward([some, unknown], [1, 1])),
             (ValueError, lambda: cache.begin_forward([some, some], [1, 1])),
-            (ValueError, lambda: cache.begin_forward([some], [25])),
+            (ValueError, lambda: cache.begin_forward([some], [CHUNK + 1])),
             (ValueError, lambda: cache.begin_forward([some], [1, 1])),
+            (ValueError, lambda: cache.begin_forward([some], [2], [-1, length + 1])),
+            (ValueError, lambda: cache.begin_forward([some], [2], [-1])),
+            (ValueError, lambda: cache.commit_tree([some], [length])),
             (RuntimeError, lambda: cache.end_forward()),
             (RuntimeError, lambda: cache.query_positions()),
         ]
         if known:
             calls.append((ValueError, lambda: cache.add_sequence(some)))
-            calls.append((ValueError, lambda: cache.fork_sequence(some, known[-1])))
+            calls.append((Exception, lambda: cache.fork_sequence(some, known[-1])))
+            calls.append((Exception, lambda: cache.fork_sequence(some, unknown, length + 1)))
+        if self.twin.trees:
+            drafted = min(self.twin.trees)
+            calls.append((RuntimeError, lambda: cache.begin_forward([drafted], [1])))
+            calls.append((RuntimeError, lambda: cache.fork_sequence(drafted, unknown)))
         kind, call = data.draw(st.sampled_from(calls), label="call")
         with pytest.raises(kind):
             call()
 
-    @precondition(has_sequences)
+    @precondition(any_committed)
     @rule(data=st.data())
-    def abandoned_step(self, data: st.DataObject) -> None:
-        """Attention with a wrong operand fails; the step goes on and its tokens can be popped."""
-        seq_id = self.known(data)
-        after = self.pages.copy()
-        after.append(seq_id, 2)
-        if after.in_use() > self.twin.dims.num_pages:
+    def failed_attention(self, data: st.DataObject) -> None:
+        """Attention with a wrong operand fails; the step ends and its tokens can be popped."""
+        seq_id = self.one_of(data, self.committed())
+        if seq_id in self.twin.windows or not self.twin.fits([seq_id], [2]):
             return
         with self.twin.cache.step([seq_id], [2]):
             q, k, v = (self.twin.random(2, heads, 32) for heads in (6, 2, 1))
             with pytest.raises(ValueError, match="argument `v` has shape"):
                 self.twin._attend(0, q, k, v, "token")
-        self.twin.cache.pop(seq_id, 2)
-        after.resize(seq_id, after.lengths[seq_id] - 2)
-        self.pages = after
+        self.twin.sequences[seq_id] = self.twin.cached(seq_id, 0, self.twin.length(seq_id) + 2)
+        self.twin.pages.append(seq_id, 2)
+        self.twin.pop(seq_id, 2)
 
     @invariant()
     def agree(self) -> None:
-        if not hasattr(self, "twin"):
-            return
-        self.twin.check()
-        free = self.twin.dims.num_pages - self.pages.in_use()
-        assert self.twin.cache.num_free_pages == free
+        if hasattr(self, "twin"):
+            self.twin.check()
 
     def teardown(self) -> None:
-        if not hasattr(self, "twin"):
-            return
-        for seq_id in list(self.twin.sequences):
-            self.twin.remove(seq_id)
-        self.twin.check()
+        if hasattr(self, "twin"):
+            for seq_id in list(self.twin.sequences):
+                self.twin.remove(seq_id)
+            self.twin.check()  # every page is free
+            assert self.twin.cache.num_free_pages == self.twin.dims.num_pages
 
 
 class ManyOperations(Operations):

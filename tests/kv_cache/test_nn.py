@@ -1,0 +1,144 @@
+"""The cache in relax.frontend.nn: the same model over TVM's cache and over ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+import tvm_ffi
+from cache_model import to_tvm
+from tvm import relax
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache as AnyPagedKVCache
+from tvm.relax.frontend.nn.llm.kv_cache import RopeMode, TIRPagedKVCache
+
+from tvm_flashinfer.nn import PagedKVCache
+
+QUERY_HEADS, KV_HEADS, DIM = 4, 2, 32
+SCALINGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "gptj": {"rope_type": "gptj"},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
+}
+
+
+def arguments(**changed: Any) -> dict[str, Any]:
+    return {
+        "attn_kind": "mha",
+        "max_batch_size": 2,
+        "max_total_seq_len": 128,
+        "prefill_chunk_size": 64,
+        "page_size": 16,
+        "support_sliding_window": 0,
+        "layer_partition": relax.ShapeExpr([0, 1]),
+        "num_hidden_layers": 1,
+        "num_attention_heads": QUERY_HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "qk_head_dim": DIM,
+        "v_head_dim": DIM,
+        "mla_original_qk_head_dim": 0,
+        "mla_original_v_head_dim": 0,
+        "rope_mode": RopeMode.NORMAL,
+        "rope_scale": 1,
+        "rope_theta": 10000,
+        "rope_scaling": {},
+        "rope_ext_factors": relax.prim_value(0),
+        "rotary_dim": DIM,
+        "enable_disaggregation": False,
+        "dtype": "float32",
+        "target": tvm.target.Target("llvm"),
+    } | changed
+
+
+class Model(nn.Module):
+    """One attention layer, and the function that makes its cache."""
+
+    def __init__(self, cache_class: type, scaling: dict[str, Any]) -> None:
+        self.cache_class = cache_class
+        self.scaling = scaling
+        self.kernels: list[Any] = []
+
+    def forward(self, qkv: nn.Tensor, cache: AnyPagedKVCache) -> nn.Tensor:
+        return cache.attention_with_fused_qkv(0, qkv, QUERY_HEADS, DIM**-0.5)
+
+    def create(self) -> AnyPagedKVCache:
+        cache = self.cache_class(**arguments(rope_scaling=self.scaling))
+        self.kernels = cache.extern_mods
+        return cache
+
+
+def outputs(cache_class: type, scaling: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
+    model = Model(cache_class, scaling)
+    width = QUERY_HEADS + 2 * KV_HEADS
+    no_parameters = {"param_mode": "none", "effect_mode": "none"}
+    module, _ = model.export_tvm(
+        spec={
+            "forward": {
+                "qkv": nn.spec.Tensor([1, "n", width, DIM], "float32"),
+                "cache": nn.spec.Object(object_type=AnyPagedKVCache),
+                "$": no_parameters,
+            },
+            "create": {"$": no_parameters},
+        }
+    )
+    if model.kernels:
+        module = module.with_attr("external_mods", model.kernels)
+    vm = relax.VirtualMachine(tvm.compile(module, "llvm"), tvm.cpu())
+    cache = vm["create"]()
+    rng = np.random.default_rng(0)
+    builtin = {
+        name: tvm.get_global_func(f"vm.builtin.kv_state_{name}")
+        for name in ("add_sequence", "begin_forward", "end_forward")
+    }
+    for seq_id in range(2):
+        builtin["add_sequence"](cache, seq_id)
+    found = []
+    for lengths in ((33, 7), (1, 1), (1, 1), (5, 12)):
+        qkv = rng.standard_normal((1, sum(lengths), width, DIM), np.float32)
+        builtin["begin_forward"](cache, tvm_ffi.Shape([0, 1]), tvm_ffi.Shape(lengths))
+        found.append(vm["forward"](to_tvm(qkv), cache).numpy())
+        builtin["end_forward"](cache)
+    return found
+
+
+# TVM takes its time over its own kernels: by default one scaling that is ours, and one of TVM's.
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        pytest.param(name, marks=() if name in ("llama3", "yarn") else pytest.mark.heavy)
+        for name in SCALINGS
+    ],
+)
+def test_a_model_gives_the_same_over_either_cache(scaling: str) -> None:
+    expected = outputs(TIRPagedKVCache, SCALINGS[scaling])
+    for ours, theirs in zip(outputs(PagedKVCache, SCALINGS[scaling]), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"attn_kind": "mla"}, "attn_kind is 'mla': this cache serves 'mha'"),
+        ({"rope_mode": RopeMode.INLINE}, "rope_mode is INLINE"),
+        ({"enable_disaggregation": True}, "enable_disaggregation"),
+        ({"dtype": "int8"}, "q_dtype is 'int8'"),
+    ],
+)
+def test_what_the_cache_does_not_serve(changed: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        PagedKVCache(**arguments(**changed))
