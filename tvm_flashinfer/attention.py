@@ -159,7 +159,7 @@ class BatchAttention:
             the requests beside it. 0 balances the load.
         per_worker_queues : bool
             Queue the work items per worker, as a GPU takes them, for inspection. By default the
-            threads of a CPU share one queue. Results are the same.
+            threads of a CPU share one queue. Keys may be cut elsewhere, and so sums rounded.
 
         Raises
         ------

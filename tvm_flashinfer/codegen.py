@@ -174,9 +174,7 @@ def _params(variant: Variant) -> str:
         f"{getattr(param, 'ndim', 0)}}}"
         for name, param in variant.params.items()
     )
-    return (
-        f"static const tvm_flashinfer::VariantParam params[] = {{{rows}}};\n    return params;"
-    )
+    return f"static const tvm_flashinfer::VariantParam params[] = {{{rows}}};\n    return params;"
 
 
 def generate(variant: Variant) -> str:

@@ -112,9 +112,7 @@ def find_compiler() -> str:
             return path
     if asked:
         raise CompilerError(f"CXX={asked} is not a program; unset CXX or name a C++ compiler")
-    raise CompilerError(
-        "no C++ compiler on the path: install one (apt-get install g++) or set CXX"
-    )
+    raise CompilerError("no C++ compiler on the path: install one (apt-get install g++) or set CXX")
 
 
 @cache
@@ -228,9 +226,7 @@ def build_attention(
     return done
 
 
-def _build(
-    spec: AttentionSpec, symbol: str, folder: Path, compiler: str, flags: list[str]
-) -> None:
+def _build(spec: AttentionSpec, symbol: str, folder: Path, compiler: str, flags: list[str]) -> None:
     import tvm_ffi.cpp
     from tvm_ffi.utils import FileLock
 

@@ -216,14 +216,15 @@ def test_causality_is_proven_from_the_mask() -> None:
         (lambda: v.Tensor(ndim=5), "ndim of a tensor is 5"),
         (lambda: v.Variant("x", mask=lambda at, p: at.q_idx).cpp, "mask returns int32"),
         (
-            lambda: v.Variant("x", params={"t": v.Tensor(ndim=2)}, logits=lambda at, x, p: p.t[0])
-            .cpp,
+            lambda: (
+                v.Variant("x", params={"t": v.Tensor(ndim=2)}, logits=lambda at, x, p: p.t[0]).cpp
+            ),
             "parameter t has 2 axes, it was indexed with 1",
         ),
         (
-            lambda: v.Variant(
-                "x", logits=lambda at, x, p: x.astype("float64").astype("float32")
-            ).cpp,
+            lambda: (
+                v.Variant("x", logits=lambda at, x, p: x.astype("float64").astype("float32")).cpp
+            ),
             "logits uses dtype float64",
         ),
     ],
