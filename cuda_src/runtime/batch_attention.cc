@@ -1,7 +1,6 @@
 // Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
 #include "batch_attention.h"
 
-
 #include <algorithm>
 #include <cmath>
 #include <utility>
@@ -105,9 +104,8 @@ ElementIndex<Interval> ElementsOf(const ScheduleInput& in, int64_t num_qo_heads,
   Interval q{0, -1}, kv{0, -1};
   const auto cover = [](Interval* range, int64_t lo, int64_t hi) {
     if (lo > hi) return;
-    *range = range->lo > range->hi
-                 ? Interval{lo, hi}
-                 : Interval{std::min(range->lo, lo), std::max(range->hi, hi)};
+    *range = range->lo > range->hi ? Interval{lo, hi}
+                                   : Interval{std::min(range->lo, lo), std::max(range->hi, hi)};
   };
   for (int32_t r = 0; r < in.num_requests; ++r) {
     for (int32_t t = in.qo_indptr[r]; in.q_position != nullptr && t < in.qo_indptr[r + 1]; ++t) {
@@ -126,7 +124,8 @@ ElementIndex<Interval> ElementsOf(const ScheduleInput& in, int64_t num_qo_heads,
     }
   }
   if (kv.lo > kv.hi || q.lo > q.hi) q = kv = {0, 0};  // nothing is visited
-  return {{0, std::max(in.num_requests, 1) - 1}, q, kv, {0, num_qo_heads - 1}, {0, num_kv_heads - 1}};
+  return {
+      {0, std::max(in.num_requests, 1) - 1}, q, kv, {0, num_qo_heads - 1}, {0, num_kv_heads - 1}};
 }
 
 }  // namespace
@@ -140,8 +139,9 @@ BatchAttentionObj::BatchAttentionObj(const BatchAttentionConfig& config, KernelH
       levels_(config.bounds.max_levels) {
   const PlanLayout& layout = scheduler_.layout();
   for (auto& plan : plans_) plan.resize(layout.total);
-  o_partial_.resize(layout.max_partials * config.num_qo_heads * config.head_dim_vo);
-  lse_partial_.resize(layout.max_partials * config.num_qo_heads);
+  const int64_t states = layout.max_partials * config.num_qo_heads;
+  o_partial_.reset(new float[states * config.head_dim_vo]);
+  lse_partial_.reset(new float[states]);
   slots_.resize(config.bounds.max_q_tokens);
 }
 
@@ -274,8 +274,8 @@ void BatchAttentionObj::Run(const TensorView& q, const PoolTensors& pool, double
   params.k = pools.k.data;
   params.v = pools.v.data;
   params.o = o_view.data;
-  params.o_partial = o_partial_.data();
-  params.lse_partial = lse_partial_.data();
+  params.o_partial = o_partial_.get();
+  params.lse_partial = lse_partial_.get();
   params.q_token_stride = q_view.token_stride;
   params.q_head_stride = q_view.head_stride;
   params.o_token_stride = o_view.token_stride;

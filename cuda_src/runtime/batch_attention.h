@@ -12,6 +12,7 @@
 #include <tvm_flashinfer/schedule.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -117,7 +118,7 @@ class BatchAttentionObj : public tvm::ffi::Object {
   int32_t current_ = 0;
   Planned planned_;
   BoundVariantArgs variant_args_;
-  std::vector<float> o_partial_, lse_partial_;
+  std::unique_ptr<float[]> o_partial_, lse_partial_;  //!< not cleared: most is never touched
   std::vector<int64_t> slots_;
 };
 
