@@ -8,7 +8,14 @@ import pytest
 from cache_model import Dims, Twin
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 QUICK = settings(
     max_examples=12,
@@ -16,8 +23,7 @@ QUICK = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-#: 60 * 220 = 13,200 operations.
-HEAVY = settings(QUICK, max_examples=60, stateful_step_count=220)
+HEAVY = settings(QUICK, max_examples=150, stateful_step_count=150)
 
 CHUNK = 24  # most tokens of a step
 
@@ -38,6 +44,9 @@ class Operations(RuleBasedStateMachine):
     """Any order of calls that a user may make, valid ones and refused ones."""
 
     max_sequences = 12
+    first_sequences = 0
+    pool_scale = 1
+    operations = 0  # of all examples
 
     @initialize(
         page_size=st.sampled_from([1, 3, 5, 16]),
@@ -52,13 +61,15 @@ class Operations(RuleBasedStateMachine):
         dims = Dims(
             page_size=page_size,
             dtype=dtype,
-            max_total_seq_len=tokens,
+            max_total_seq_len=tokens * self.pool_scale,
             max_batch_size=4,
             prefill_chunk_size=CHUNK,
             sliding_window=sliding_window,
         )
         self.twin = Twin(dims, seed)
         self.next_id = 0
+        for _ in range(self.first_sequences):
+            self.add()
 
     def committed(self) -> list[int]:
         """Sequences that end in no token tree."""
@@ -217,6 +228,7 @@ class Operations(RuleBasedStateMachine):
     def agree(self) -> None:
         if hasattr(self, "twin"):
             self.twin.check()
+            type(self).operations += 1
 
     def teardown(self) -> None:
         if hasattr(self, "twin"):
@@ -228,10 +240,15 @@ class Operations(RuleBasedStateMachine):
 
 class ManyOperations(Operations):
     max_sequences = 80
+    first_sequences = 55
+    pool_scale = 6
 
 
 TestOperations = Operations.TestCase
 TestOperations.settings = QUICK
 
-TestManyOperations = pytest.mark.heavy(ManyOperations.TestCase)
-TestManyOperations.settings = HEAVY
+
+@pytest.mark.heavy
+def test_ten_thousand_operations_over_fifty_sequences() -> None:
+    run_state_machine_as_test(ManyOperations, settings=HEAVY)
+    assert ManyOperations.operations >= 10_000
