@@ -260,18 +260,25 @@ def lower_pipeline(target: tvm.target.Target) -> tvm.transform.Pass:
     fused.
     """
     from relax_passes.dispatch_linear import DispatchLinear
+    from relax_passes.fold_layout import FoldLayout
+    from relax_passes.fuse_norm import FuseRMSNorm
+    from relax_passes.schedule_cpu import ScheduleElementwise
 
     transform = relax.transform
     return tvm.transform.Sequential(
         [
             DispatchLinear(target),
+            FuseRMSNorm(),
+            FoldLayout(),
             transform.LegalizeOps(),
             transform.AnnotateTIROpPattern(),
             transform.FoldConstant(),
             transform.FuseOps(),
             transform.FuseTIR(),
-            transform.DeadCodeElimination(),
+            # Before scheduling, which would hide that a function is a mere reshape.
             transform.RewriteDataflowReshape(),
+            transform.DeadCodeElimination(),
+            ScheduleElementwise(),
             transform.ToNonDataflow(),
             transform.RemovePurityChecking(),
             transform.CallTIRRewrite(),
