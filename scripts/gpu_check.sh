@@ -11,5 +11,5 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=tests/gpu PYTHONUNBUFFERED=1
 python="${PYTHON:-python3}"
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
-"$python" -m pytest tests/gpu -q -x -p no:cacheprovider --durations=3
+"$python" -m pytest tests/gpu -q -x -p no:cacheprovider --confcutdir tests/gpu
 "$python" tests/gpu/bench_attention.py "$@"

@@ -97,7 +97,7 @@ def test_split_tiles_merge_in_plan_order(modules, plans) -> None:
 
 def test_shared_tail(modules, plans) -> None:
     rng = np.random.default_rng(11)
-    batch, pages = paged([1] * 5, [600, 33, 1, 900, 450], 16, rng)
+    batch, pages = paged([1] * 5, [1200, 33, 1, 1800, 900], 16, rng)
     case = Case(batch, pages, 4, 2, 64)
     options = PlanOptions(tile_rows=16, num_workers=6, min_chunk=16, shared_tail=30)
     plan = run(modules["bf16"], plans, case, options)[2]

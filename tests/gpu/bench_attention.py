@@ -92,7 +92,7 @@ class Bench:
 
     def __init__(self, library: Path | None = None) -> None:
         self.plans = PlanLibrary(str(build_plan(FOLDER)))
-        self.module = Module(library or build(["main"])["main"].library)
+        self.module = Module(library.resolve() if library else build(["main"])["main"].library)
         self.floor = ctypes.CDLL(str(build_read_floor(FOLDER, ARCH)))
         self.sink = torch.zeros(16, dtype=torch.uint8, device="cuda")
         self.multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -188,11 +188,10 @@ def default_options(bench: Bench, shape: Shape) -> PlanOptions:
     """The heuristic of a run: tile by mean query length, one worker per resident block."""
     mean = sum(shape.qo_lens) / len(shape.qo_lens) * HEADS / KV_HEADS
     tile_rows = next((r for r in (16, 64, 128) if r >= mean), 128)
-    return PlanOptions(
-        tile_rows=tile_rows,
-        num_workers=bench.module.num_workers(tile_rows),
-        shared_tail=20 if tile_rows == 16 else 0,
-    )
+    workers = bench.module.num_workers(tile_rows)
+    if sum(shape.kv_lens) * KV_HEADS < 256 * workers:  # too little for two blocks to share
+        workers = bench.multiprocessors
+    return PlanOptions(tile_rows=tile_rows, num_workers=workers)
 
 
 def sweep(bench: Bench, shape: Shape, options: PlanOptions) -> None:

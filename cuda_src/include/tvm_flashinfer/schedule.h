@@ -289,7 +289,7 @@ class Scheduler {
     total *= bounds_.num_kv_heads;
     const bool own_queues = !in.shared_queue && bounds_.num_workers >= bounds_.num_kv_heads;
     const int64_t in_order = own_queues ? FillInOrder(in) : INT64_MAX;
-    if (own_queues && in.shared_tail > 0) return;
+    if (own_queues && has_tail_) return;
     for (int32_t splits = 1;; splits *= 2) {
       const int64_t shares = int64_t{bounds_.num_workers} * std::min(splits, bounds_.max_splits);
       CutTiles(in, (total + shares - 1) / shares, 0);
@@ -316,7 +316,7 @@ class Scheduler {
     const auto cost = [&](const Tile& t, int32_t count) {
       return (int64_t{count} + in.item_overhead) * t.weight;
     };
-    const bool has_tail = MarkTails(in, per_head);
+    has_tail_ = MarkTails(in, per_head);
     int64_t left = 0, total = 0;
     for (int64_t i = 0; i < num_tiles_; ++i) {
       const Tile& t = tiles_[i];
@@ -339,6 +339,7 @@ class Scheduler {
     const auto set_share = [&](int64_t weight) {
       const int32_t workers = per_head - worker;
       share = (left + (workers - 1) * (in.item_overhead * weight) + workers - 1) / workers;
+      share = std::max(share, (in.min_chunk + in.item_overhead) * weight);
     };
     const auto next_worker = [&](int64_t weight) {
       worst_ = std::max(worst_, used);
@@ -383,7 +384,7 @@ class Scheduler {
       for (int32_t q = 0; q < t.q_count; ++q) states_[t.q_begin + q] += t.num_chunks;
     }
     worst_ = std::max(worst_, used);
-    imbalance_ = total == 0 || has_tail ? 1.0
+    imbalance_ = total == 0 || has_tail_ ? 1.0
                                         : static_cast<double>(worst_) * bounds_.num_workers /
                                               static_cast<double>(total * heads);
     SortChunks();
@@ -410,9 +411,15 @@ class Scheduler {
       tokens += tiles_[i].kv_end - tiles_[i].kv_begin;
     }
     if (in.shared_tail <= 0) return false;
-    // Small beside what a worker does in all, or they would not even anything out.
+    // Small beside what a worker does in all, or they would not even anything out; and long enough
+    // for that to be worth their states.
+    if (tokens / workers / kTailChunksPerWorker < 2 * in.min_chunk) return false;
+    const int64_t room = int64_t{workers} * (bounds_.max_splits - 1);  // one cut is the queues' own
+    if (room <= 0) return false;
     const int64_t chunk = AlignUp(
-        std::max<int64_t>(in.min_chunk, tokens / workers / kTailChunksPerWorker), in.kv_align);
+        std::max({int64_t{in.min_chunk}, tokens / workers / kTailChunksPerWorker,
+                  (tokens * in.shared_tail / 100 + room - 1) / room}),
+        in.kv_align);
     if (tokens * in.shared_tail / 100 < chunk * workers) return false;
     int64_t owed = 0;
     for (int64_t i = 0; i < num_tiles_; ++i) {
@@ -579,6 +586,7 @@ class Scheduler {
   int64_t num_chunks_ = 0;
   int64_t num_partials_ = 0;
   int64_t worst_ = 0;  //!< highest worker cost
+  bool has_tail_ = false;
   double imbalance_ = 1.0;
 };
 

@@ -12,8 +12,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -51,8 +51,11 @@ struct Thread {
   int index = 0;
   bool done = false;
   const char* waiting = nullptr;
-  std::deque<std::vector<PendingCopy>> groups;  //!< committed, oldest first
-  std::vector<PendingCopy> open_group;
+  const uint64_t* watched = nullptr;  //!< blocked until this differs from `seen` under `mask`
+  uint64_t seen = 0, mask = 0;
+
+  bool Ready() const { return watched == nullptr || (*watched & mask) != seen; }
+  std::vector<PendingCopy> copies;  //!< not yet tied to a barrier
 };
 
 /*! \brief Counts arrivals; completes, and starts over, at the expected number. */
@@ -61,6 +64,27 @@ struct Rendezvous {
   uint64_t generation = 0;
   const char* what = nullptr;
   void* operands[kLanes] = {};
+};
+
+/*! \brief An mbarrier: phases of `expected` arrivals, and the copies that end with the phase. */
+struct MbarrierState {
+  int expected = 0;
+  int pending = 0;
+  uint64_t phase = 0;
+  std::vector<PendingCopy> copies;
+
+  void Init(int count) {
+    expected = pending = count;
+    phase = 0;
+  }
+  void Arrive() {
+    if (--pending > 0) return;
+    for (const PendingCopy& copy : copies) std::memcpy(copy.to, copy.from, 16);
+    copies.clear();
+    pending = expected;
+    ++phase;
+  }
+  bool Completed(int parity) const { return static_cast<int>(phase & 1) != parity; }
 };
 
 /*! \brief The block that runs now. */
@@ -90,14 +114,14 @@ class Block {
       t.index = i;
       t.done = false;
       t.waiting = nullptr;
-      t.groups.clear();
-      t.open_group.clear();
+      t.watched = nullptr;
+      t.copies.clear();
       t.fiber.Start(&Block::Entry);
     }
     for (Rendezvous& w : warps_) w = Rendezvous{};
     for (Rendezvous& b : barriers_) b = Rendezvous{};
+    mbarriers_.clear();
     finished_ = 0;
-    idle_ = 0;
     cursor_ = 0;
     Fiber::Switch(caller_, threads_[order_[0]].fiber);
     if (!error_.empty()) {
@@ -133,6 +157,16 @@ class Block {
     Meet(w, kLanes, what, [&] { compute(w.operands); });
   }
 
+  MbarrierState& Mbarrier(uint32_t address) {
+    Shared(address, 8);
+    return mbarriers_[address];
+  }
+
+  void WaitMbarrier(uint32_t address, int parity) {
+    MbarrierState& b = Mbarrier(address);
+    if (!b.Completed(parity)) Suspend("mbarrier", &b.phase, static_cast<uint64_t>(parity), 1);
+  }
+
   void Barrier(int id, int count) {
     if (id < 0 || id > 15) Fail("barrier ids are 0 to 15");
     Meet(barriers_[id], count, "barrier", [] {});
@@ -151,27 +185,33 @@ class Block {
       complete();
       r.arrived = 0;
       ++r.generation;
-      idle_ = 0;
       return;
     }
-    const uint64_t generation = r.generation;
-    thread().waiting = what;
-    while (r.generation == generation) Yield();
-    thread().waiting = nullptr;
+    Suspend(what, &r.generation, r.generation, ~uint64_t{0});
   }
 
-  void Yield() {
-    Thread& from = thread();
-    if (++idle_ > 4 * num_threads()) Fail("deadlock: " + Waiting());
-    Thread& to = Next();
-    if (&to != &from) Fiber::Switch(from.fiber, to.fiber);
+  void Suspend(const char* what, const uint64_t* watched, uint64_t seen, uint64_t mask) {
+    Thread& self = thread();
+    self.waiting = what;
+    self.watched = watched;
+    self.seen = seen;
+    self.mask = mask;
+    if (!self.Ready()) {
+      Thread& to = Next();
+      if (&to != &self) Fiber::Switch(self.fiber, to.fiber);
+    }
+    self.waiting = nullptr;
+    self.watched = nullptr;
   }
 
+  /*! \brief The next thread that can run. */
   Thread& Next() {
+    const size_t self = cursor_;
     do {
       cursor_ = (cursor_ + 1) % order_.size();
-    } while (thread().done);
-    return thread();
+      if (!thread().done && thread().Ready()) return thread();
+    } while (cursor_ != self);
+    Fail("deadlock: " + Waiting());
   }
 
   std::string Waiting() const {
@@ -179,7 +219,10 @@ class Block {
     for (size_t w = 0; w < warps_.size(); ++w) {
       const Thread& t = threads_[w * kLanes];
       text += "warp " + std::to_string(w) + " " +
-              (t.done ? "exited" : t.waiting ? t.waiting : "runs") + "; ";
+              (t.done      ? "exited"
+               : t.waiting ? t.waiting
+                           : "runs") +
+              "; ";
     }
     return text;
   }
@@ -189,7 +232,6 @@ class Block {
     (*b.body_)();
     Thread& self = b.thread();
     self.done = true;
-    b.idle_ = 0;
     if (++b.finished_ == b.num_threads()) Fiber::Switch(self.fiber, b.caller_);
     Fiber::Switch(self.fiber, b.Next().fiber);
   }
@@ -199,6 +241,7 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<Rendezvous> warps_;
   Rendezvous barriers_[16];
+  std::map<uint32_t, MbarrierState> mbarriers_;
   std::vector<uint8_t> storage_;
   uint8_t* shared_ = nullptr;
   size_t shared_bytes_;
@@ -208,7 +251,6 @@ class Block {
   std::vector<int> order_;
   size_t cursor_ = 0;
   int finished_ = 0;
-  int idle_ = 0;
   std::string error_;
 };
 
@@ -254,17 +296,21 @@ inline void __syncwarp() {
   emulation::Block::Current().Warp("__syncwarp", nullptr, [](void**) {});
 }
 
-inline int __any_sync(unsigned, int predicate) {
+inline unsigned __ballot_sync(unsigned, int predicate) {
   struct Operand {
-    int predicate, result;
+    int predicate;
+    unsigned result;
   } self{predicate, 0};
-  emulation::Block::Current().Warp("__any_sync", &self, [](void** all) {
-    int any = 0;
-    for (int i = 0; i < emulation::kLanes; ++i) any |= static_cast<Operand*>(all[i])->predicate;
-    for (int i = 0; i < emulation::kLanes; ++i) static_cast<Operand*>(all[i])->result = any != 0;
+  emulation::Block::Current().Warp("__ballot_sync", &self, [](void** all) {
+    unsigned bits = 0;
+    for (int i = 0; i < emulation::kLanes; ++i) {
+      bits |= static_cast<unsigned>(static_cast<Operand*>(all[i])->predicate != 0) << i;
+    }
+    for (int i = 0; i < emulation::kLanes; ++i) static_cast<Operand*>(all[i])->result = bits;
   });
   return self.result;
 }
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
 template <typename T>
 inline T __shfl_sync(unsigned, T value, int lane) {

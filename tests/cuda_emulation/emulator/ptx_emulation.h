@@ -1,7 +1,7 @@
 // Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
 //
-// cuda/ptx.cuh for a host compiler. Asynchronous copies are performed at the wait that covers them
-// and not before: what is read too early is NaN.
+// cuda/ptx.cuh for a host compiler. Asynchronous copies are performed when the barrier they
+// arrive at completes its phase, and not before: what is read too early is NaN.
 #ifndef TVM_FLASHINFER_EMULATOR_PTX_EMULATION_H_
 #define TVM_FLASHINFER_EMULATOR_PTX_EMULATION_H_
 
@@ -27,26 +27,26 @@ inline void CpAsync16(uint32_t shared, const void* global) {
   }
   uint8_t* to = Block::Current().Shared(shared, 16);
   std::memset(to, 0xff, 16);
-  Block::Current().thread().open_group.push_back({to, global});
+  Block::Current().thread().copies.push_back({to, global});
 }
 
 inline void StoreSharedZero16(uint32_t shared) {
   std::memset(Block::Current().Shared(shared, 16), 0, 16);
 }
 
-inline void CpAsyncCommit() {
-  auto& thread = Block::Current().thread();
-  thread.groups.push_back(std::move(thread.open_group));
-  thread.open_group.clear();
+inline void MbarrierInit(uint32_t barrier, int count) {
+  Block::Current().Mbarrier(barrier).Init(count);
 }
-
-template <int kPending>
-inline void CpAsyncWait() {
-  auto& thread = Block::Current().thread();
-  while (static_cast<int>(thread.groups.size()) > kPending) {
-    for (const auto& copy : thread.groups.front()) std::memcpy(copy.to, copy.from, 16);
-    thread.groups.pop_front();
-  }
+inline void MbarrierArrive(uint32_t barrier) { Block::Current().Mbarrier(barrier).Arrive(); }
+inline void MbarrierArriveAfterCopies(uint32_t barrier) {
+  auto& block = Block::Current();
+  auto& mbarrier = block.Mbarrier(barrier);
+  for (const auto& copy : block.thread().copies) mbarrier.copies.push_back(copy);
+  block.thread().copies.clear();
+  mbarrier.Arrive();
+}
+inline void MbarrierWait(uint32_t barrier, int parity) {
+  Block::Current().WaitMbarrier(barrier, parity);
 }
 
 namespace detail {
@@ -117,6 +117,9 @@ inline uint32_t Pack2(float lo, float hi) {
 }
 
 inline float Exp2(float x) { return std::exp2(x); }
+
+inline void WaitForEarlierLaunches() {}
+inline void AllowNextLaunch() {}
 
 inline int HighestBit(uint32_t x) { return 31 - __builtin_clz(x); }
 

@@ -114,7 +114,8 @@ def build_cuda(folder: Path, spec: ModuleSpec, arch: str) -> Compiled:
     if compiler is None:
         raise RuntimeError("nvcc was not found: set CUDA_HOME")
     command = [compiler, "-std=c++17", "-O3", "-Xptxas", "-v", "-lineinfo", "-cudart", "static"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xcompiler", "-fPIC", "-shared"]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-shared"]
     return _build(folder, spec, f"sm_{arch}", [*command, f"-I{INCLUDE}"])
 
 

@@ -31,8 +31,7 @@ template <typename F>
 const char* WithInstance(int tile_rows, F f) {
   const char* error = nullptr;
   const bool found = WithTile<Element, kHeadDimQK, kHeadDimVO, TVM_FLASHINFER_ROW_TILES>(
-      tile_rows,
-      [&](auto config) { error = f(AttentionInstance<decltype(config), Variant>{}); });
+      tile_rows, [&](auto config) { error = f(AttentionInstance<decltype(config), Variant>{}); });
   if (found) return error;
   std::snprintf(message, sizeof(message), "no kernel was compiled for tile_rows = %d", tile_rows);
   return message;
@@ -61,7 +60,7 @@ const char* Check(const AttentionParams& p, int tile_rows) {
 
 #if defined(TVM_FLASHINFER_CUDA_EMULATION)
 /*! \brief Run on the emulator, over host memory. \return null, or what went wrong. */
-extern "C" const char* tvm_flashinfer_attention_emulate(
+extern "C" __attribute__((visibility("default"))) const char* tvm_flashinfer_attention_emulate(
     const tvm_flashinfer::AttentionParams* params, int tile_rows, int num_workers, int reversed) {
   using namespace tvm_flashinfer::cuda;
   if (const char* error = Check(*params, tile_rows)) return error;
@@ -77,18 +76,19 @@ extern "C" const char* tvm_flashinfer_attention_emulate(
 }
 #else
 /*! \brief Launch on a stream. \return null, or what went wrong. */
-extern "C" const char* tvm_flashinfer_attention_run(const tvm_flashinfer::AttentionParams* params,
-                                                    int tile_rows, int num_workers, void* stream) {
+extern "C" __attribute__((visibility("default"))) const char* tvm_flashinfer_attention_run(
+    const tvm_flashinfer::AttentionParams* params, int tile_rows, int num_workers, void* stream) {
   using namespace tvm_flashinfer::cuda;
   if (const char* error = Check(*params, tile_rows)) return error;
   return WithInstance(tile_rows, [&](auto instance) {
-    return Describe(decltype(instance)::Launch(*params, num_workers,
-                                               static_cast<cudaStream_t>(stream)));
+    return Describe(
+        decltype(instance)::Launch(*params, num_workers, static_cast<cudaStream_t>(stream)));
   });
 }
 
 /*! \brief Blocks of a tile's kernel resident on one multiprocessor. */
-extern "C" const char* tvm_flashinfer_attention_occupancy(int tile_rows, int* blocks) {
+extern "C" __attribute__((visibility("default"))) const char* tvm_flashinfer_attention_occupancy(
+    int tile_rows, int* blocks) {
   using namespace tvm_flashinfer::cuda;
   return WithInstance(tile_rows, [&](auto instance) {
     return Describe(decltype(instance)::BlocksPerMultiprocessor(blocks));

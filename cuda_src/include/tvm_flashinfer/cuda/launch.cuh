@@ -37,9 +37,13 @@ inline const char* CheckParams(const AttentionParams& p) {
   return nullptr;
 }
 
-/*! \brief One compiled instance of the kernel. */
+/*!
+ * \brief One compiled instance of the kernel.
+ *
+ * Hidden: two modules of one process may hold the same instance, each with a kernel of its own.
+ */
 template <typename C, typename Variant>
-struct AttentionInstance {
+struct __attribute__((visibility("hidden"))) AttentionInstance {
 #if !defined(TVM_FLASHINFER_CUDA_EMULATION)
   /*!
    * \brief Let the kernel use its shared memory on the current device. Done by every first launch;
@@ -69,9 +73,21 @@ struct AttentionInstance {
   static cudaError_t Launch(const AttentionParams& p, int num_workers, cudaStream_t stream) {
     const cudaError_t error = Prepare();
     if (error != cudaSuccess) return error;
-    AttentionKernel<C, Variant><<<num_workers, C::kThreads, C::kSharedBytes, stream>>>(
-        p, *static_cast<const typename Variant::Params*>(p.variant_params));
-    return cudaGetLastError();
+    int device = 0, major = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaLaunchAttribute overlap;
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(num_workers);
+    config.blockDim = dim3(C::kThreads);
+    config.dynamicSmemBytes = C::kSharedBytes;
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = major >= 9 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, AttentionKernel<C, Variant>, p,
+                              *static_cast<const typename Variant::Params*>(p.variant_params));
   }
 #else
   static void Emulate(const AttentionParams& p, int num_workers, bool reversed) {

@@ -1,7 +1,7 @@
 // Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
 //
-// Applies a variant to a tile of logits: whole tiles are classified first, so that empty ones are
-// neither loaded nor computed and full ones see no mask.
+// Applies a variant to a tile of logits. Whole tiles are classified first: empty ones are neither
+// loaded nor computed, full ones see no mask.
 #ifndef TVM_FLASHINFER_CUDA_MASK_CUH_
 #define TVM_FLASHINFER_CUDA_MASK_CUH_
 
@@ -9,6 +9,7 @@
 #include "../variant.h"
 #include "block_layout.cuh"
 #include "lanes.cuh"
+#include "pipeline.cuh"
 #include "q_tile.cuh"
 
 namespace tvm_flashinfer {
@@ -20,62 +21,35 @@ class ItemMask {
   using VariantParams = typename Variant::Params;
 
   __device__ __forceinline__ ItemMask(const AttentionParams& p, const VariantParams& variant,
-                                      const WorkItem& item, const QTile<C>& q,
+                                      const ItemInfo& info, const QTile<C>& q,
                                       const BlockLayout<C>& at)
-      : variant_(variant),
-        kv_count_(item.kv_count),
-        slice_(at.slice),
-        column_(2 * (at.lane % 4)),
-        kv_head_(item.head),
-        kv_position_(p.plan.KVPosition(item.level, item.row) + item.kv_begin),
-        range_{INT32_MAX, INT32_MIN, 0, 0} {
-    if constexpr (Variant::kHasMask) {
-      for (int t = at.lane; t < item.q_count; t += kWarpSize) {
-        const int position = p.plan.q_position[item.q_begin + t];
-        range_.q_lo = min(range_.q_lo, position);
-        range_.q_hi = max(range_.q_hi, position);
-      }
-#pragma unroll
-      for (int delta = kWarpSize / 2; delta > 0; delta /= 2) {
-        range_.q_lo = min(range_.q_lo, __shfl_xor_sync(0xffffffffu, range_.q_lo, delta));
-        range_.q_hi = max(range_.q_hi, __shfl_xor_sync(0xffffffffu, range_.q_hi, delta));
-      }
-    }
+      : variant_(variant), info_(info), slice_(at.slice), column_(2 * (at.lane % 4)) {
     if constexpr (Variant::kHasMask || Variant::kHasLogits) {
 #pragma unroll
-      for (int b = 0; b < C::kRowBlocks; ++b) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          // Rows past the tile repeat its last one: their state is never written.
-          const int row = min(at.Row(b, h), q.rows - 1);
-          const int token = q.q_begin + q.Token(row);
-          request_[b][h] = p.plan.q_request[token];
-          q_idx_[b][h] = p.plan.q_position[token];
-          q_head_[b][h] = q.Head(row);
-        }
+      for (int h = 0; h < 2; ++h) {
+        // Rows past the tile repeat its last one: their state is never written.
+        const int row = min(at.Row(h), q.rows - 1);
+        const int token = q.q_begin + q.Token(row);
+        request_[h] = p.plan.q_request[token];
+        q_idx_[h] = p.plan.q_position[token];
+        q_head_[h] = q.Head(row);
       }
     }
   }
 
-  /*! \brief What the mask, and the chunk's end, do to this slice's tokens of a step. */
-  __device__ __forceinline__ TileClass Classify(int step) const {
-    const int first = FirstToken(step);
-    if (first >= kv_count_) return TileClass::kEmpty;
-    const int end = min(first + C::kSliceKV, kv_count_);
-    TileClass tile = TileClass::kFull;
-    if constexpr (Variant::kHasMask) {
-      TileRange range = range_;
-      range.kv_lo = kv_position_ + first;
-      range.kv_hi = kv_position_ + end - 1;
-      tile = Variant::Classify(variant_, range);
-    }
-    return tile == TileClass::kFull && end < first + C::kSliceKV ? TileClass::kMixed : tile;
+  /*! \brief What happens to all tokens of a step: empty ones are not in the ring. */
+  __device__ __forceinline__ TileClass ClassifyStep(int step) const {
+    return ClassifyTokens<Variant>(variant_, info_, step * C::kStepKV, C::kStepKV);
+  }
+
+  /*! \brief What happens to this warp's slice of a step. */
+  __device__ __forceinline__ TileClass ClassifySlice(int step) const {
+    return ClassifyTokens<Variant>(variant_, info_, FirstToken(step), C::kSliceKV);
   }
 
   /*! \brief Logits transform; `s` holds q.k and leaves as final logits in units of log2. */
   template <int kTiles>
-  __device__ __forceinline__ void Transform(float (&s)[C::kRowBlocks][kTiles][4], int step,
-                                            float sm_scale) const {
+  __device__ __forceinline__ void Transform(float (&s)[kTiles][4], int step, float sm_scale) const {
     ForEach(s, step, [&](float& x, const ElementIndex<int32_t>& at) {
       x = Variant::template Logits<ThreadLanes>(variant_, x * sm_scale, at) * kLog2e;
     });
@@ -83,8 +57,8 @@ class ItemMask {
 
   /*! \brief Send hidden elements, and those past the chunk's end, to -inf. */
   template <int kTiles>
-  __device__ __forceinline__ void Mask(float (&s)[C::kRowBlocks][kTiles][4], int step) const {
-    const int32_t end = kv_position_ + kv_count_;
+  __device__ __forceinline__ void Mask(float (&s)[kTiles][4], int step) const {
+    const int32_t end = info_.kv_position + info_.item.kv_count;
     ForEach(s, step, [&](float& x, const ElementIndex<int32_t>& at) {
       bool visible = at.kv_idx < end;
       if constexpr (Variant::kHasMask) {
@@ -96,35 +70,31 @@ class ItemMask {
 
  private:
   __device__ __forceinline__ int FirstToken(int step) const {
-    return (step * C::kSlices + slice_) * C::kSliceKV;
+    return step * C::kStepKV + slice_ * C::kSliceKV;
   }
 
   template <int kTiles, typename F>
-  __device__ __forceinline__ void ForEach(float (&s)[C::kRowBlocks][kTiles][4], int step,
-                                          F f) const {
-    const int32_t first = kv_position_ + FirstToken(step) + column_;
+  __device__ __forceinline__ void ForEach(float (&s)[kTiles][4], int step, F f) const {
+    const int32_t first = info_.kv_position + FirstToken(step) + column_;
 #pragma unroll
-    for (int b = 0; b < C::kRowBlocks; ++b) {
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          ElementIndex<int32_t> at{0, 0, first + n * 8 + e % 2, 0, kv_head_};
-          if constexpr (Variant::kHasMask || Variant::kHasLogits) {
-            at.request = request_[b][e / 2];
-            at.q_idx = q_idx_[b][e / 2];
-            at.q_head = q_head_[b][e / 2];
-          }
-          f(s[b][n][e], at);
+      for (int e = 0; e < 4; ++e) {
+        ElementIndex<int32_t> at{0, 0, first + n * 8 + e % 2, 0, info_.item.head};
+        if constexpr (Variant::kHasMask || Variant::kHasLogits) {
+          at.request = request_[e / 2];
+          at.q_idx = q_idx_[e / 2];
+          at.q_head = q_head_[e / 2];
         }
+        f(s[n][e], at);
       }
     }
   }
 
   const VariantParams& variant_;
-  int32_t kv_count_, slice_, column_, kv_head_, kv_position_;
-  TileRange range_;
-  int32_t request_[C::kRowBlocks][2], q_idx_[C::kRowBlocks][2], q_head_[C::kRowBlocks][2];
+  const ItemInfo& info_;
+  int slice_, column_;
+  int32_t request_[2], q_idx_[2], q_head_[2];
 };
 
 }  // namespace cuda

@@ -9,12 +9,14 @@
 #include "../params.h"
 #include "online_softmax.cuh"
 #include "output.cuh"
+#include "pipeline.cuh"
 #include "ptx.cuh"
 
 namespace tvm_flashinfer {
 namespace cuda {
 
-/*! \brief Merge the states of one token, of every query head of a KV head. All threads call it. */
+/*! \brief Merge the states of one token, of every query head of a KV head. All consumers call it.
+ */
 template <typename C>
 __device__ __forceinline__ void MergeToken(const AttentionParams& p, int token, int kv_head,
                                            float* lse, int32_t* rows) {
@@ -22,8 +24,9 @@ __device__ __forceinline__ void MergeToken(const AttentionParams& p, int token, 
   const int begin = p.plan.merge_indptr[token];
   const int count = p.plan.merge_indptr[token + 1] - begin;
   constexpr int kUnits = C::kHeadDimVO / 4;
+  constexpr int kBatch = 8;
   // Every thread passes the barriers below equally often, whether it has a unit left or not.
-  for (int first = 0; first < group * kUnits; first += C::kThreads) {
+  for (int first = 0; first < group * kUnits; first += C::kConsumerThreads) {
     const int unit = first + static_cast<int>(threadIdx.x);
     const bool active = unit < group * kUnits;
     const int g = active ? unit / kUnits : 0, column = unit % kUnits * 4;
@@ -31,15 +34,15 @@ __device__ __forceinline__ void MergeToken(const AttentionParams& p, int token, 
     float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     for (int done = 0; done < count; done += C::kMergeStates) {
       const int states = min(C::kMergeStates, count - done);
-      __syncthreads();
-      for (int i = static_cast<int>(threadIdx.x); i < states * group; i += C::kThreads) {
+      Pipeline<C>::SyncConsumers();
+      for (int i = static_cast<int>(threadIdx.x); i < states * group; i += C::kConsumerThreads) {
         const int row = p.plan.merge_rows[begin + done + i / group];
         if (i % group == 0) rows[i / group] = row;
         lse[i] = ptx::LoadL2(p.lse_partial + int64_t{row} * p.num_qo_heads + kv_head * group +
                              i % group) *
                  kLog2e;
       }
-      __syncthreads();
+      Pipeline<C>::SyncConsumers();
       if (!active) continue;
       float new_top = top;
       for (int i = 0; i < states; ++i) new_top = fmaxf(new_top, lse[i * group + g]);
@@ -49,17 +52,24 @@ __device__ __forceinline__ void MergeToken(const AttentionParams& p, int token, 
       sum *= rescale;
 #pragma unroll
       for (int e = 0; e < 4; ++e) x[e] *= rescale;
-#pragma unroll 8
-      for (int i = 0; i < states; ++i) {
-        float o[4];
-        ptx::LoadL2(o, p.o_partial +
-                           (int64_t{rows[i]} * p.num_qo_heads + kv_head * group + g) *
-                               C::kHeadDimVO +
-                           column);
-        const float weight = ptx::Exp2(lse[i * group + g] - shift);
-        sum += weight;
+      // Loads of a batch first, so that they are in flight together.
+      for (int i = 0; i < states; i += kBatch) {
+        float o[kBatch][4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) x[e] += weight * o[e];
+        for (int n = 0; n < kBatch; ++n) {
+          const int state = min(i + n, states - 1);
+          ptx::LoadL2(o[n], p.o_partial +
+                                (int64_t{rows[state]} * p.num_qo_heads + kv_head * group + g) *
+                                    C::kHeadDimVO +
+                                column);
+        }
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n) {
+          const float weight = i + n < states ? ptx::Exp2(lse[(i + n) * group + g] - shift) : 0.0f;
+          sum += weight;
+#pragma unroll
+          for (int e = 0; e < 4; ++e) x[e] += weight * o[n][e];
+        }
       }
     }
     if (!active) continue;
@@ -75,32 +85,33 @@ __device__ __forceinline__ void MergeToken(const AttentionParams& p, int token, 
 /*!
  * \brief Count the item's partial states in, and merge the tokens that this completes.
  *
- * The partial states were written by any threads of the block. `p.tickets` [token, KV head]
- * holds how many states of a token are there; it returns to zero with the last.
+ * The partial states were written by any of the block's consumers, who all call this. `p.tickets`
+ * [token, KV head] holds how many states of a token are there; it returns to zero with the last.
  * \param smem kMergeBytes.
  */
 template <typename C>
 __device__ __forceinline__ void MergeCompleted(const AttentionParams& p, const WorkItem& item,
                                                uint8_t* smem) {
-  int32_t* complete = reinterpret_cast<int32_t*>(smem);                  // [kRows] tokens
-  int32_t* rows = complete + C::kRows;                                   // [kMergeStates]
-  float* lse = reinterpret_cast<float*>(rows + C::kMergeStates);         // [kMergeStates, group]
-  static_assert(C::kRows <= C::kThreads, "a thread counts for at most one token");
+  int32_t* complete = reinterpret_cast<int32_t*>(smem);           // [kRows] tokens
+  int32_t* rows = complete + C::kRows;                            // [kMergeStates]
+  float* lse = reinterpret_cast<float*>(rows + C::kMergeStates);  // [kMergeStates, group]
+  static_assert(C::kRows <= C::kConsumerThreads, "a thread counts for at most one token");
   const int t = static_cast<int>(threadIdx.x);
   const bool counts = t < item.q_count;
   const int token = item.q_begin + (counts ? t : 0);
   const int states = p.plan.merge_indptr[token + 1] - p.plan.merge_indptr[token];
-  __syncthreads();
+  Pipeline<C>::SyncConsumers();
   if (counts) {
     int32_t* ticket = p.tickets + kQueueTickets + int64_t{token} * p.num_kv_heads + item.head;
     const bool last = ptx::AtomicAddOrdered(ticket, 1) == states - 1;
     if (last) *ticket = 0;
     complete[t] = last;
   }
-  __syncthreads();
+  Pipeline<C>::SyncConsumers();
   for (int i = 0; i < item.q_count; ++i) {
     if (complete[i]) MergeToken<C>(p, item.q_begin + i, item.head, lse, rows);
   }
+  Pipeline<C>::SyncConsumers();  // the next item reuses the memory
 }
 
 }  // namespace cuda

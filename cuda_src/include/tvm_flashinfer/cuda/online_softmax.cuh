@@ -11,71 +11,66 @@ namespace tvm_flashinfer {
 namespace cuda {
 
 /*!
- * \brief Unnormalised output, running maximum and sum of `kRowBlocks` x 16 rows.
+ * \brief Unnormalised output, running maximum and sum of 16 rows.
  *
- * A thread holds two rows of each block (fragment halves). Maxima are of raw logits; `scale`
- * (positive, log2 units) turns them into exponents inside one fused multiply-add.
+ * A thread holds two rows (fragment halves). Maxima are of raw logits; `scale` (positive, log2
+ * units) turns them into exponents inside one fused multiply-add.
  */
-template <int kRowBlocks, int kHeadDimVO>
+template <int kHeadDimVO>
 struct OnlineSoftmax {
   static constexpr int kTiles = kHeadDimVO / 8;
-  float o[kRowBlocks][kTiles][4];
-  float max[kRowBlocks][2];
-  float sum[kRowBlocks][2];  //!< of this thread's columns only, until Finish
+  float o[kTiles][4];
+  float max[2];
+  float sum[2];  //!< of this thread's columns only, until Finish
 
   __device__ __forceinline__ OnlineSoftmax() {
 #pragma unroll
-    for (int b = 0; b < kRowBlocks; ++b) {
+    for (int h = 0; h < 2; ++h) {
+      max[h] = TVM_FLASHINFER_NEG_INF;
+      sum[h] = 0.0f;
+    }
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        max[b][h] = TVM_FLASHINFER_NEG_INF;
-        sum[b][h] = 0.0f;
-      }
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) o[b][n][e] = 0.0f;
-      }
+      for (int e = 0; e < 4; ++e) o[n][e] = 0.0f;
     }
   }
 
   /*! \brief Replace logits by probabilities under the new maximum; rescale what was before. */
   template <int kLogitTiles>
-  __device__ __forceinline__ void Update(float (&s)[kRowBlocks][kLogitTiles][4], float scale) {
+  __device__ __forceinline__ void Update(float (&s)[kLogitTiles][4], float scale) {
+    float top[2], shift[2];
 #pragma unroll
-    for (int b = 0; b < kRowBlocks; ++b) {
+    for (int h = 0; h < 2; ++h) {
+      top[h] = max[h];
+#pragma unroll
+      for (int n = 0; n < kLogitTiles; ++n) {
+        top[h] = fmaxf(top[h], fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+      }
+      top[h] = QuadMax(top[h]);
+      // A row with nothing visible so far has maximum -inf; -inf - (-inf) would be NaN.
+      shift[h] = (top[h] == TVM_FLASHINFER_NEG_INF ? 0.0f : top[h]) * scale;
+    }
+    // Maxima settle after a few tiles; until a row's rises, what is accumulated stands.
+    if (__any_sync(0xffffffffu, top[0] > max[0] || top[1] > max[1])) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float top = max[b][h];
+        const float rescale = ptx::Exp2(max[h] * scale - shift[h]);
+        max[h] = top[h];
+        sum[h] *= rescale;
 #pragma unroll
-        for (int n = 0; n < kLogitTiles; ++n) {
-          top = fmaxf(top, fmaxf(s[b][n][2 * h], s[b][n][2 * h + 1]));
+        for (int n = 0; n < kTiles; ++n) {
+          o[n][2 * h] *= rescale;
+          o[n][2 * h + 1] *= rescale;
         }
-        top = QuadMax(top);
-        // A row with nothing visible so far has maximum -inf; -inf - (-inf) would be NaN.
-        const float shift = (top == TVM_FLASHINFER_NEG_INF ? 0.0f : top) * scale;
-        const bool rises = top > max[b][h];
-        const float rescale = ptx::Exp2(max[b][h] * scale - shift);
-        max[b][h] = top;
-        float added = 0.0f;
+      }
+    }
 #pragma unroll
-        for (int n = 0; n < kLogitTiles; ++n) {
+    for (int n = 0; n < kLogitTiles; ++n) {
 #pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            s[b][n][e] = ptx::Exp2(s[b][n][e] * scale - shift);
-            added += s[b][n][e];
-          }
-        }
-        // Maxima settle after a few tiles; until a row's rises, what is accumulated stands.
-        if (__any_sync(0xffffffffu, rises)) {
-          sum[b][h] *= rescale;
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-            o[b][n][2 * h] *= rescale;
-            o[b][n][2 * h + 1] *= rescale;
-          }
-        }
-        sum[b][h] += added;
+      for (int e = 0; e < 4; ++e) {
+        s[n][e] = ptx::Exp2(s[n][e] * scale - shift[e / 2]);
+        sum[e / 2] += s[n][e];
       }
     }
   }
@@ -83,13 +78,10 @@ struct OnlineSoftmax {
   /*! \brief Complete the sums over each row's four threads; maxima become log2 units. */
   __device__ __forceinline__ void Finish(float scale) {
 #pragma unroll
-    for (int b = 0; b < kRowBlocks; ++b) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        sum[b][h] += __shfl_xor_sync(0xffffffffu, sum[b][h], 1);
-        sum[b][h] += __shfl_xor_sync(0xffffffffu, sum[b][h], 2);
-        max[b][h] *= scale;
-      }
+    for (int h = 0; h < 2; ++h) {
+      sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
+      sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
+      max[h] *= scale;
     }
   }
 

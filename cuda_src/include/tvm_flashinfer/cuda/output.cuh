@@ -7,6 +7,7 @@
 #include "../params.h"
 #include "block_layout.cuh"
 #include "online_softmax.cuh"
+#include "pipeline.cuh"
 #include "ptx.cuh"
 #include "q_tile.cuh"
 
@@ -69,84 +70,87 @@ class StateWriter {
 template <typename C>
 __device__ __forceinline__ void WriteStates(const AttentionParams& p, const WorkItem& item,
                                             const QTile<C>& q, const BlockLayout<C>& at,
-                                            const OnlineSoftmax<C::kRowBlocks, C::kHeadDimVO>& s) {
+                                            const OnlineSoftmax<C::kHeadDimVO>& s) {
 #pragma unroll
-  for (int b = 0; b < C::kRowBlocks; ++b) {
+  for (int h = 0; h < 2; ++h) {
+    const int row = at.Row(h);
+    if (row >= q.rows) continue;
+    const int token = q.Token(row);
+    const StateWriter<typename C::T, C::kHeadDimVO> writer(
+        p, item.q_begin + token, q.Head(row), item.partial < 0 ? -1 : item.partial + token);
+    const float inverse = s.sum[h] > 0.0f ? 1.0f / s.sum[h] : 0.0f;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = at.Row(b, h);
-      if (row >= q.rows) continue;
-      const int token = q.Token(row);
-      const StateWriter<typename C::T, C::kHeadDimVO> writer(
-          p, item.q_begin + token, q.Head(row), item.partial < 0 ? -1 : item.partial + token);
-      const float inverse = s.sum[b][h] > 0.0f ? 1.0f / s.sum[b][h] : 0.0f;
-#pragma unroll
-      for (int n = 0; n < C::kHeadDimVO / 8; ++n) {
-        const float pair[2] = {s.o[b][n][2 * h] * inverse, s.o[b][n][2 * h + 1] * inverse};
-        writer.Write(n * 8 + 2 * (at.lane % 4), pair);
-      }
-      if (at.lane % 4 == 0) writer.WriteLse(NaturalLse(s.max[b][h], s.sum[b][h]));
+    for (int n = 0; n < C::kHeadDimVO / 8; ++n) {
+      const float pair[2] = {s.o[n][2 * h] * inverse, s.o[n][2 * h + 1] * inverse};
+      writer.Write(n * 8 + 2 * (at.lane % 4), pair);
     }
+    if (at.lane % 4 == 0) writer.WriteLse(NaturalLse(s.max[h], s.sum[h]));
   }
 }
 
 /*!
- * \brief Merge the states of the slices through shared memory and write them.
- * \param smem kExchangeBytes that no copy in flight writes to.
+ * \brief Merge the states of the slices through shared memory, a few rows at a time, and write
+ * them.
+ * \param smem kExchangeBytes. All consumers call it.
  */
 template <typename C>
 __device__ __forceinline__ void MergeSlices(const AttentionParams& p, const WorkItem& item,
                                             const QTile<C>& q, const BlockLayout<C>& at,
-                                            const OnlineSoftmax<C::kRowBlocks, C::kHeadDimVO>& s,
-                                            uint8_t* smem) {
-  float* o = reinterpret_cast<float*>(smem);                      // [slice, row, pitch]
-  float* top = o + C::kSlices * C::kRows * C::kExchangePitch;     // [slice, row]
-  float* sum = top + C::kSlices * C::kRows;                       // [slice, row]
-#pragma unroll
-  for (int b = 0; b < C::kRowBlocks; ++b) {
+                                            const OnlineSoftmax<C::kHeadDimVO>& s, uint8_t* smem) {
+  constexpr int kSlots = C::kSlices * C::kExchangeRows;
+  constexpr int kUnits = C::kHeadDimVO / 4;
+  float* o = reinterpret_cast<float*>(smem);  // [slice, row, pitch]
+  float* top = o + kSlots * C::kExchangePitch;
+  float* sum = top + kSlots;
+#pragma unroll 1
+  for (int first = 0; first < q.rows; first += C::kExchangeRows) {
+    Pipeline<C>::SyncConsumers();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = at.Row(b, h);
-      if (row >= q.rows) continue;
-      const int slot = at.slice * C::kRows + row;
+      const int row = at.Row(h) - first;
+      if (row < 0 || row >= C::kExchangeRows) continue;
+      const int slot = at.slice * C::kExchangeRows + row;
+      float* to = o + slot * C::kExchangePitch + 2 * (at.lane % 4);
 #pragma unroll
       for (int n = 0; n < C::kHeadDimVO / 8; ++n) {
-        float* to = o + slot * C::kExchangePitch + n * 8 + 2 * (at.lane % 4);
-        to[0] = s.o[b][n][2 * h];
-        to[1] = s.o[b][n][2 * h + 1];
+        to[n * 8] = s.o[n][2 * h];
+        to[n * 8 + 1] = s.o[n][2 * h + 1];
       }
       if (at.lane % 4 == 0) {
-        top[slot] = s.max[b][h];
-        sum[slot] = s.sum[b][h];
+        top[slot] = s.max[h];
+        sum[slot] = s.sum[h];
       }
     }
-  }
-  __syncthreads();
-  constexpr int kUnits = C::kHeadDimVO / 4;
-  for (int unit = static_cast<int>(threadIdx.x); unit < q.rows * kUnits; unit += C::kThreads) {
-    const int row = unit / kUnits, column = unit % kUnits * 4;
-    float all_max = TVM_FLASHINFER_NEG_INF;
+    Pipeline<C>::SyncConsumers();
+    const int rows = min(C::kExchangeRows, q.rows - first);
+    for (int unit = at.thread; unit < rows * kUnits; unit += C::kConsumerThreads) {
+      const int row = unit / kUnits, column = unit % kUnits * 4;
+      float all_max = TVM_FLASHINFER_NEG_INF;
 #pragma unroll
-    for (int i = 0; i < C::kSlices; ++i) all_max = fmaxf(all_max, top[i * C::kRows + row]);
-    const float shift = all_max == TVM_FLASHINFER_NEG_INF ? 0.0f : all_max;
-    float all_sum = 0.0f;
-    float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (int i = 0; i < C::kSlices; ++i) {
+        all_max = fmaxf(all_max, top[i * C::kExchangeRows + row]);
+      }
+      const float shift = all_max == TVM_FLASHINFER_NEG_INF ? 0.0f : all_max;
+      float all_sum = 0.0f;
+      float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < C::kSlices; ++i) {
-      const int slot = i * C::kRows + row;
-      const float weight = ptx::Exp2(top[slot] - shift);
-      all_sum += weight * sum[slot];
+      for (int i = 0; i < C::kSlices; ++i) {
+        const int slot = i * C::kExchangeRows + row;
+        const float weight = ptx::Exp2(top[slot] - shift);
+        all_sum += weight * sum[slot];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] += weight * o[slot * C::kExchangePitch + column + e];
+        for (int e = 0; e < 4; ++e) x[e] += weight * o[slot * C::kExchangePitch + column + e];
+      }
+      const int token = q.Token(first + row);
+      const StateWriter<typename C::T, C::kHeadDimVO> writer(
+          p, item.q_begin + token, q.Head(first + row),
+          item.partial < 0 ? -1 : item.partial + token);
+      const float inverse = all_sum > 0.0f ? 1.0f / all_sum : 0.0f;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e] *= inverse;
+      writer.Write(column, x);
+      if (column == 0) writer.WriteLse(NaturalLse(all_max, all_sum));
     }
-    const int token = q.Token(row);
-    const StateWriter<typename C::T, C::kHeadDimVO> writer(
-        p, item.q_begin + token, q.Head(row), item.partial < 0 ? -1 : item.partial + token);
-    const float inverse = all_sum > 0.0f ? 1.0f / all_sum : 0.0f;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) x[e] *= inverse;
-    writer.Write(column, x);
-    if (column == 0) writer.WriteLse(NaturalLse(all_max, all_sum));
   }
 }
 

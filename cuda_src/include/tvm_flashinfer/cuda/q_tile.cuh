@@ -15,7 +15,7 @@ namespace cuda {
 template <typename C>
 struct QTile {
   using T = typename C::T;
-  using Tile = typename C::KTile;
+  using Tile = typename C::QTile;
   int q_begin, rows, group, kv_head;
 
   __device__ __forceinline__ QTile(const AttentionParams& p, const WorkItem& item)
@@ -26,32 +26,26 @@ struct QTile {
   __device__ __forceinline__ int Token(int row) const { return row / group; }  //!< within the tile
   __device__ __forceinline__ int Head(int row) const { return kv_head * group + row % group; }
 
-  /*! \brief Copy the rows of one warp's row group into a tile that starts at packed row 0. */
-  __device__ __forceinline__ void Load(const AttentionParams& p, const BlockLayout<C>& at,
-                                       uint32_t tile) const {
-    constexpr int kCopies = 16 * C::kRowBlocks * Tile::kChunks;
-#pragma unroll
-    for (int i = 0; i < CeilDiv(kCopies, kWarpSize); ++i) {
-      const int copy = i * kWarpSize + at.lane;
-      const int row = at.FirstRow() + copy / Tile::kChunks;
-      const int chunk = copy % Tile::kChunks;
-      if (kCopies % kWarpSize == 0 || copy < kCopies) {
-        if (row < rows) {
-          const int64_t offset =
-              (q_begin + Token(row)) * p.q_token_stride + Head(row) * p.q_head_stride;
-          ptx::CpAsync16(tile + Tile::Offset(row, chunk),
-                         static_cast<const T*>(p.q) + offset + chunk * kElementsPerChunk);
-        } else {
-          ptx::StoreSharedZero16(tile + Tile::Offset(row, chunk));
-        }
+  /*! \brief Copy the tile; by one warp. Rows past the tile are zeros. */
+  __device__ __forceinline__ void Load(const AttentionParams& p, int lane, uint32_t tile) const {
+#pragma unroll 1
+    for (int copy = lane; copy < C::kRows * Tile::kChunks; copy += kWarpSize) {
+      const int row = copy / Tile::kChunks, chunk = copy % Tile::kChunks;
+      if (row < rows) {
+        const int64_t offset =
+            (q_begin + Token(row)) * p.q_token_stride + Head(row) * p.q_head_stride;
+        ptx::CpAsync16(tile + Tile::Offset(row, chunk),
+                       static_cast<const T*>(p.q) + offset + chunk * kElementsPerChunk);
+      } else {
+        ptx::StoreSharedZero16(tile + Tile::Offset(row, chunk));
       }
     }
   }
 
-  /*! \brief Fragment of 16 rows x 16 columns, as the A operand of a matrix product. */
+  /*! \brief Fragment of a warp's 16 rows x 16 columns, as the A operand of a matrix product. */
   __device__ __forceinline__ static void Fragment(uint32_t (&a)[4], const BlockLayout<C>& at,
-                                                  uint32_t tile, int block, int k) {
-    const int row = at.FirstRow() + block * 16 + at.lane % 16;
+                                                  uint32_t tile, int k) {
+    const int row = at.warp_q * 16 + at.lane % 16;
     ptx::LdMatrixX4(a, tile + Tile::Offset(row, k * 2 + at.lane / 16));
   }
 };

@@ -4,22 +4,20 @@
 #ifndef TVM_FLASHINFER_CUDA_TILE_CONFIG_CUH_
 #define TVM_FLASHINFER_CUDA_TILE_CONFIG_CUH_
 
+#include "../plan.h"
 #include "platform.cuh"
 #include "swizzle.cuh"
 
 namespace tvm_flashinfer {
 namespace cuda {
 
-/*! \brief Packed-row tiles the kernel is compiled for, ascending. */
-constexpr int kRowTiles[] = {16, 32, 64, 128};
-
 /*!
  * \brief Shape of the kernel for a tile of `kRows` packed rows.
  *
- * Warps form a grid of kWarpsQ x kSlices. The kSlices warps of one row group split each KV step
- * between them and merge their states at the end of the item; the kWarpsQ warps of one slice share
- * its KV in shared memory. A small tile (decode) has one warp a slice: it loads for itself and no
- * barrier stands between it and memory. A large one (prefill) has one slice: KV is read once.
+ * Producer warps fill a ring of stages, half of them with K and half with V; they run ahead of the
+ * consumers, across work items. Consumer warps form a grid of kWarpsQ x kSlices, 16 rows each: the
+ * kSlices warps of one row group split each stage between them and merge their states at the end
+ * of the item. A small tile (decode) has one row group, a large one (prefill) one slice.
  */
 template <typename T_, int kHeadDimQK_, int kHeadDimVO_, int kRows_>
 struct TileConfig {
@@ -32,52 +30,66 @@ struct TileConfig {
   static_assert(kHeadDimQK % 16 == 0 && kHeadDimVO % 16 == 0, "head dims are multiples of 16");
   static constexpr int kHeadDim = kHeadDimQK > kHeadDimVO ? kHeadDimQK : kHeadDimVO;
 
-  // Two 16-row blocks a warp halve the shared-memory reads of a matrix product; beyond 128 columns
-  // their output no longer fits into registers.
-  static constexpr int kRowBlocks = kRows == 128 && kHeadDim <= 128 ? 2 : 1;
-  static constexpr int kWarpsQ = kRows / (16 * kRowBlocks);
+  static constexpr int kWarpsQ = kRows / 16;
   static constexpr int kSlices = kWarpsQ >= 4 ? 1 : 4 / kWarpsQ;
-  static constexpr int kWarps = kWarpsQ * kSlices;
-  static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kSliceThreads = kWarpsQ * kWarpSize;
-  static constexpr int kMinBlocks = kThreads <= 128 && kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kConsumerWarps = kWarpsQ * kSlices;
+  static constexpr int kConsumerThreads = kConsumerWarps * kWarpSize;
+  // Two blocks a multiprocessor hide each other's ends of items.
+  static constexpr int kMinBlocks = kRows <= 64 && kHeadDim <= 128 ? 2 : 1;
 
-  /*! KV tokens of one slice in one pipeline stage. */
-  static constexpr int kSliceKV = kWarpsQ == 1   ? (kHeadDim <= 64 ? 32 : 16)
-                                  : kWarpsQ == 2 ? 32
-                                                 : (kHeadDim <= 128 ? 64 : 32);
-  static constexpr int kStepKV = kSliceKV * kSlices;
+  /*! KV tokens of a stage: 64, and more of small heads, fewer where registers are short. */
+  static constexpr int kStepKV = kSlices == 4 && kHeadDim <= 64   ? 128
+                                 : kSlices == 1 && kHeadDim > 128 ? 32
+                                                                  : 64;
+  static constexpr int kSliceKV = kStepKV / kSlices;
+  static constexpr bool kQInRegisters = kHeadDimQK <= 128;
 
-  using KTile = SwizzledTile<kHeadDimQK>;
-  using VTile = SwizzledTile<kHeadDimVO>;
-  static constexpr int kSliceKBytes = kSliceKV * KTile::kPitch;
-  static constexpr int kSliceVBytes = kSliceKV * VTile::kPitch;
-  static constexpr int kStageBytes = (kSliceKBytes + kSliceVBytes) * kSlices;
+  // Two warpgroups of consumers, whose products wgmma can do where it exists (sm_90a). There the
+  // producers are a warpgroup of their own, which gives its registers to the others.
+  static constexpr bool kWarpgroups = kRows == 128 && kStepKV == 64 && kHeadDimQK % 64 == 0 &&
+                                      (kHeadDimVO == 64 || kHeadDimVO == 128);
+  static constexpr int kLoaders = kWarpgroups ? 2 : 1;  //!< warps that load K, and as many V
+  static constexpr int kProducerWarps = 2 * kLoaders;
+  static constexpr int kThreads = kConsumerThreads + kProducerWarps * kWarpSize;
+  // Together what the launch gave: 384 threads x 168.
+  static constexpr int kConsumerRegisters = 200;
+  static constexpr int kProducerRegisters = 104;
 
-  // 16-row blocks keep their query fragments in registers, staged through the pipeline's last slot.
-  static constexpr bool kQInRegisters =
-      kRowBlocks == 1 && kHeadDimQK <= 128 &&
-      16 * kWarpsQ * KTile::kPitch <= kSliceKBytes + kSliceVBytes;
-  static constexpr int kQBytes = kQInRegisters ? 0 : kRows * KTile::kPitch;
+  using QTile = SwizzledTile<kHeadDimQK, kRows>;
+  using KTile = SwizzledTile<kHeadDimQK, kStepKV>;
+  using VTile = SwizzledTile<kHeadDimVO, kStepKV>;
+  static constexpr int kKBytes = KTile::kBytes;
+  static constexpr int kStageBytes = kKBytes + VTile::kBytes;
+  static constexpr int kQBytes = QTile::kBytes;
 
-  // As deep a pipeline as leaves room for two blocks on a multiprocessor of 227 KiB (and for one
-  // of 99 KiB): latency times bandwidth is about 40 KiB a multiprocessor.
-  static constexpr int kPipelineBudget = 96 * 1024;
-  static constexpr int kStagesThatFit = (kPipelineBudget - kQBytes) / kStageBytes;
-  static constexpr int kStages = kStagesThatFit < 2 ? 2 : kStagesThatFit > 6 ? 6 : kStagesThatFit;
-  static constexpr int kPipelineBytes = kStages * kStageBytes;
+  static constexpr int kItemSlots = 2;
 
-  // Slices exchange (o, max, sum) through the drained pipeline.
+  // States of the slices are exchanged a few rows at a time, a merge stages a few states at a time.
+  static constexpr int kExchangeRows = 4;
   static constexpr int kExchangePitch = kHeadDimVO + 4;  // floats; keeps rows off one bank
   static constexpr int kExchangeBytes =
-      kSlices == 1 ? 0 : kSlices * kRows * (kExchangePitch + 2) * static_cast<int>(sizeof(float));
-  // A merge stages this many states of every head of the group at a time.
+      kSlices == 1 ? 0 : kSlices * kExchangeRows * (kExchangePitch + 2) * 4;
   static constexpr int kMergeStates = 32;
   static constexpr int kMergeBytes = (kRows + kMergeStates * (kRows + 1)) * 4;
   static constexpr int Max(int a, int b) { return a > b ? a : b; }
-  static constexpr int kQueueOffset =
-      Max(kQBytes + kPipelineBytes, Max(kExchangeBytes, kMergeBytes));
-  static constexpr int kSharedBytes = kQueueOffset + 16;
+
+  // Decode keeps 128 KiB a multiprocessor in flight: latency times bandwidth is about 40 KiB, the
+  // rest covers consumers that are busy with the end of an item. More is slower (an H200 loses 2 %
+  // with 192 KiB): copies then queue in the L2 cache. Prefill takes what fits.
+  static constexpr int kFixedBytes =
+      kItemSlots * (kQBytes + 64) + Max(kExchangeBytes, kMergeBytes) + 256;
+  static constexpr int kRingBudget = kSlices > 1
+                                         ? (kMinBlocks == 2 ? 64 : 128) * 1024
+                                         : (kMinBlocks == 2 ? 113 : 226) * 1024 - kFixedBytes;
+  static constexpr int kStagesThatFit = kRingBudget / kStageBytes;
+  static constexpr int kStages = kStagesThatFit < 2 ? 2 : kStagesThatFit > 6 ? 6 : kStagesThatFit;
+
+  // Shared memory: ring, query tiles, exchange or merge, item records, barriers.
+  static constexpr int kQOffset = kStages * kStageBytes;
+  static constexpr int kScratchOffset = kQOffset + kItemSlots * kQBytes;
+  static constexpr int kInfoOffset = kScratchOffset + Max(kExchangeBytes, kMergeBytes);
+  static constexpr int kBarrierOffset = kInfoOffset + kItemSlots * 64;
+  static constexpr int kSharedBytes = kBarrierOffset + 8 * (3 * kStages + 2 * kItemSlots);
 };
 
 }  // namespace cuda

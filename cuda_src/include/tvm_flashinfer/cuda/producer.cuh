@@ -1,0 +1,157 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// The producer warps. One takes work items, publishes their records and queries, and loads K; the
+// others follow the records and load the rest. None waits for the end of an item.
+#ifndef TVM_FLASHINFER_CUDA_PRODUCER_CUH_
+#define TVM_FLASHINFER_CUDA_PRODUCER_CUH_
+
+#include "../params.h"
+#include "kv_gather.cuh"
+#include "pipeline.cuh"
+#include "ptx.cuh"
+#include "q_tile.cuh"
+#include "work_queue.cuh"
+
+namespace tvm_flashinfer {
+namespace cuda {
+
+template <typename C, typename Variant>
+class Producer {
+ public:
+  using VariantParams = typename Variant::Params;
+
+  __device__ __forceinline__ Producer(const AttentionParams& p, const VariantParams& variant,
+                                      const Pipeline<C>& pipeline, int lane)
+      : p_(p), variant_(variant), pipeline_(pipeline), lane_(lane) {}
+
+  /*! \param producer This warp among the producers. */
+  __device__ __forceinline__ void Run(int producer) {
+    if (producer == 0) {
+      Lead();
+    } else if (producer < C::kLoaders) {
+      Follow(producer, [&](const ItemInfo& info, int part) { LoadK(info, part); });
+    } else {
+      Follow(producer - C::kLoaders, [&](const ItemInfo& info, int part) { LoadV(info, part); });
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void Lead() {
+    WorkQueue queue(p_, lane_);
+    RingCursor<C::kItemSlots> items;
+    ItemInfo next;
+    next.valid = Fetch(&queue, &next);
+    while (next.valid != 0) {
+      const ItemInfo info = next;
+      const KGather gather(p_, p_.k, p_.k_strides, info.item, lane_, 0);
+      const auto rows = gather.Resolve(0);
+      Publish(info, &items);
+      // The next item's record is fetched in the shadow of this one's copies.
+      next.valid = Fetch(&queue, &next);
+      LoadKSteps(info, gather, rows);
+    }
+    Publish(next, &items);
+    queue.Finish();
+  }
+
+  template <typename F>
+  __device__ __forceinline__ void Follow(int part, F load) {
+    RingCursor<C::kItemSlots> items;
+    while (true) {
+      ptx::MbarrierWait(pipeline_.ItemFull(items.slot), items.phase);
+      const ItemInfo info = *pipeline_.Info(items.slot);
+      __syncwarp();
+      if (lane_ == 0) ptx::MbarrierArrive(pipeline_.ItemEmpty(items.slot));
+      items.Advance();
+      if (info.valid == 0) return;
+      load(info, part);
+    }
+  }
+
+  using KGather = KVGather<C, typename C::KTile>;
+  using VGather = KVGather<C, typename C::VTile>;
+
+  __device__ __forceinline__ void LoadK(const ItemInfo& info, int part) {
+    const KGather gather(p_, p_.k, p_.k_strides, info.item, lane_, part);
+    LoadKSteps(info, gather, gather.Resolve(0));
+  }
+  __device__ __forceinline__ void LoadKSteps(const ItemInfo& info, const KGather& gather,
+                                             const typename KGather::Rows& rows) {
+    LoadSteps(
+        info, gather, rows, [&](int slot) { return pipeline_.K(slot); },
+        [&](int slot) { return pipeline_.FullK(slot); });
+  }
+  __device__ __forceinline__ void LoadV(const ItemInfo& info, int part) {
+    const VGather gather(p_, p_.v, p_.v_strides, info.item, lane_, part);
+    LoadSteps(
+        info, gather, gather.Resolve(0), [&](int slot) { return pipeline_.V(slot); },
+        [&](int slot) { return pipeline_.FullV(slot); });
+  }
+
+  /*! Copies arrive by themselves; plain stores of any lane are covered by lane 0's arrival. */
+  __device__ __forceinline__ void Arrive(uint32_t barrier) const {
+    ptx::MbarrierArriveAfterCopies(barrier);
+    __syncwarp();
+    if (lane_ == 0) ptx::MbarrierArrive(barrier);
+  }
+
+  /*! \brief Hand an item, and its queries, to the consumers; one that is not valid ends them. */
+  __device__ __forceinline__ void Publish(const ItemInfo& info,
+                                          RingCursor<C::kItemSlots>* items) const {
+    ptx::WaitForEarlierLaunches();
+    ptx::MbarrierWait(pipeline_.ItemEmpty(items->slot), items->phase ^ 1);
+    if (lane_ == 0) *pipeline_.Info(items->slot) = info;
+    if (info.valid != 0) QTile<C>(p_, info.item).Load(p_, lane_, pipeline_.Q(items->slot));
+    Arrive(pipeline_.ItemFull(items->slot));
+    items->Advance();
+  }
+
+  __device__ __forceinline__ bool Fetch(WorkQueue* queue, ItemInfo* info) const {
+    if (!queue->Pop(&info->item)) return false;
+    const WorkItem& item = info->item;
+    info->kv_position = p_.plan.KVPosition(item.level, item.row) + item.kv_begin;
+    info->q_lo = INT32_MAX;
+    info->q_hi = INT32_MIN;
+    if constexpr (Variant::kHasMask) {
+      for (int t = lane_; t < item.q_count; t += kWarpSize) {
+        const int position = p_.plan.q_position[item.q_begin + t];
+        info->q_lo = min(info->q_lo, position);
+        info->q_hi = max(info->q_hi, position);
+      }
+#pragma unroll
+      for (int delta = kWarpSize / 2; delta > 0; delta /= 2) {
+        info->q_lo = min(info->q_lo, __shfl_xor_sync(0xffffffffu, info->q_lo, delta));
+        info->q_hi = max(info->q_hi, __shfl_xor_sync(0xffffffffu, info->q_hi, delta));
+      }
+    }
+    return true;
+  }
+
+  template <typename Gather, typename Tile, typename Full>
+  __device__ __forceinline__ void LoadSteps(const ItemInfo& info, const Gather& gather,
+                                            typename Gather::Rows rows, Tile tile, Full full) {
+    const int steps = CeilDiv(info.item.kv_count, C::kStepKV);
+    for (int step = 0; step < steps; ++step) {
+      const auto ahead = gather.Resolve(step + 1);
+      if (ClassifyTokens<Variant>(variant_, info, step * C::kStepKV, C::kStepKV) !=
+          TileClass::kEmpty) {
+        ptx::MbarrierWait(pipeline_.Empty(stages_.slot), stages_.phase ^ 1);
+        gather.Load(rows, tile(stages_.slot));
+        Arrive(full(stages_.slot));
+        stages_.Advance();
+      }
+      rows = ahead;
+    }
+  }
+
+  const AttentionParams& p_;
+  const VariantParams& variant_;
+  const Pipeline<C>& pipeline_;
+  int lane_;
+  RingCursor<C::kStages> stages_;
+};
+
+}  // namespace cuda
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_CUDA_PRODUCER_CUH_
