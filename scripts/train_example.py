@@ -1,6 +1,6 @@
 """Makes the example checkpoint: writes English, trains a small Llama on it, measures and saves it.
 
-    python scripts/train_example.py                     # examples/storyteller, about ten minutes
+    python scripts/train_example.py                     # 3 minutes with a GPU, hours without
     python scripts/train_example.py --smoke --out DIR   # the whole path in seconds, learns nothing
 
 The parts are in ``scripts/storyteller``.
@@ -8,6 +8,7 @@ The parts are in ``scripts/storyteller``.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,12 +32,14 @@ from storyteller.evaluation import (
     held_out_questions,
     score,
 )
-from storyteller.training import EASY_SHARE, Batch, batches, train
+from storyteller.training import Batch, batches, train
+from storyteller.writers import written_batches
 from transformers import LlamaForCausalLM
 
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "examples" / "storyteller"
-DEFAULT_STEPS = 2400
-SMOOTHING = 0.98
+DEFAULT_STEPS = 5000
+DEFAULT_TOKENS = 6144
+SMOOTHING = 0.8
 
 console = Console()
 app = typer.Typer(add_completion=False)
@@ -57,9 +60,9 @@ def _train_with_progress(model: LlamaForCausalLM, stream: Iterator[Batch], steps
 
         def report(step: int, loss: float) -> None:
             nonlocal smoothed
-            first = step == 0
+            first = math.isnan(smoothed)
             smoothed = loss if first else SMOOTHING * smoothed + (1 - SMOOTHING) * loss
-            progress.update(task, advance=1, loss=smoothed)
+            progress.update(task, completed=step + 1, loss=smoothed)
             if (step + 1) % max(1, steps // 10) == 0:
                 progress.console.print(f"step {step + 1}: loss {smoothed:.4f}")
 
@@ -86,6 +89,9 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = DEFAULT_STEPS,
     seed: Annotated[int, typer.Option(help="Fixes text, first weights and order.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of a step.")] = DEFAULT_TOKENS,
+    writers: Annotated[int, typer.Option(min=0, help="Processes that write text; 0: none.")] = 10,
+    device: Annotated[str, typer.Option(help="cpu or cuda; by default cuda if there is one.")] = "",
     held_out: Annotated[int, typer.Option(min=1, help="Unseen stories to ask about.")] = 200,
     smoke: Annotated[bool, typer.Option(help="A few steps only, to try the path.")] = False,
 ) -> None:
@@ -95,19 +101,26 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     documents = 5000
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if smoke:
-        documents, steps, held_out = 500, min(steps, 3), 1
+        documents, steps, held_out, tokens, writers = 500, min(steps, 3), 1, 1024, 0
 
-    began = time.monotonic()
+    began = time.perf_counter()
     rng = Random(seed)
     tokenizer = train_tokenizer(text_of(write_document(rng)) for _ in range(documents))
-    model = LlamaForCausalLM(model_config(tokenizer))
+    model = LlamaForCausalLM(model_config(tokenizer)).to(device)
     console.print(
         f"{model.num_parameters():,} parameters, {tokenizer.get_vocab_size()} tokens, "
-        f"{steps} steps on {threads} threads"
+        f"{steps} steps of {tokens} tokens on {device}"
     )
-    _train_with_progress(model, batches(tokenizer, rng, int(EASY_SHARE * steps)), steps)
-    minutes = (time.monotonic() - began) / 60
+    stream = (
+        written_batches(tokenizer, seed, steps, tokens, writers)
+        if writers
+        else batches(tokenizer, rng, steps, tokens)
+    )
+    _train_with_progress(model, stream, steps)
+    model = model.cpu()
+    minutes = (time.perf_counter() - began) / 60
     save(model, tokenizer, out)
 
     with console.status("asking questions"):
@@ -118,7 +131,9 @@ def main(
     console.print(_score_table(stories, facts))
     for prompt, text in samples:
         console.print(f"[bold]{prompt}[/bold]{text}\n", highlight=False)
-    run = CardFacts(model.config, model.num_parameters(), steps, seed, threads, minutes)
+    run = CardFacts(
+        model.config, model.num_parameters(), steps, tokens, seed, writers, device, minutes
+    )
     (out / "README.md").write_text(model_card(run, stories, facts, samples), encoding="utf-8")
     size = sum(file.stat().st_size for file in out.iterdir())
     console.print(f"{out}: {size / 1e6:.2f} MB, trained in {minutes:.1f} minutes")

@@ -23,7 +23,7 @@ committed and to be trained again in minutes, and still a real model whose answe
 | tokenizer | byte-level BPE, {c.vocab_size} tokens; `</s>` ends an answer and a story; no BOS |
 | weights | float32 |
 | training text | written by the script itself, in English, from `scripts/storyteller`; nothing is downloaded |
-| training | {run.steps} steps, {run.minutes:.0f} minutes on {run.threads} CPU threads, seed {run.seed} |
+| training | {run.steps} steps of {run.tokens} tokens, {run.minutes:.0f} minutes on `{run.device}`, text from {run.writers} processes, seed {run.seed} |
 
 ## How to talk to it
 
@@ -58,11 +58,12 @@ Greedy, from the committed weights; a prompt stands in bold.
 
 ```sh
 pip install -e '.[torch]'
-python scripts/train_example.py --out examples/storyteller --seed {run.seed}
+python scripts/train_example.py --steps {run.steps} --tokens {run.tokens} --seed {run.seed} --writers {run.writers}
 ```
 
-The seed fixes the text, the first weights and the order of training. The same machine and PyTorch
-give the same file; elsewhere rounding may differ, and with it a few words of a story.
+The seed fixes the text, the first weights and the order of training. The same device and PyTorch
+give the same file at best; elsewhere sums round differently, which is enough to end
+in other weights and other stories, with answers as good.
 """  # noqa: E501 - rows of Markdown tables
 
 
@@ -73,8 +74,11 @@ class CardFacts:
     config: LlamaConfig
     parameters: int
     steps: int
+    tokens: int
+    """Of a step."""
     seed: int
-    threads: int
+    writers: int
+    device: str
     minutes: float
 
 

@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ ' A:' }}{% endif %}"
 )
-"""What CONVERSATION text is, as transformers writes it. Roles other than these two are left out."""
+"""The same form for transformers; messages of other roles (system, tool) are left out."""
 
 LISTENING = "I see."
 APPLAUSE = "That is a nice story."
@@ -34,20 +34,34 @@ SLOPPY = 0.15
 """Share of the user's turns without a capital at the start or a mark at the end."""
 
 
+ANSWER_WEIGHT = 1.0
+NARRATION_WEIGHT = 0.1
+QUESTION_WEIGHT = 0.02
+"""Weights of tokens in the loss. An answer follows from what was said; most of a story is free
+choice and nearly all of a question, which only adds noise to what the model learns from answers."""
+
+
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a document; ``spoken`` pieces are what the model itself has to say in answer."""
+    """A piece of a document and the weight of its tokens in the loss."""
 
     text: str
-    spoken: bool
+    weight: float
 
 
 Document = list[Segment]
 
 
-def turn(user: str, answer: str, lead: str = "") -> Document:
+def turn(
+    user: str,
+    answer: str,
+    lead: str = "",
+    user_weight: float = QUESTION_WEIGHT,
+    answer_weight: float = ANSWER_WEIGHT,
+) -> Document:
     """One exchange; ``lead`` is put before its ``Q:``."""
-    return [Segment(f"{lead}Q: {user} A:", False), Segment(f" {answer}{EOS}", True)]
+    asked = Segment(f"{lead}Q: {user} A:", user_weight)
+    return [asked, Segment(f" {answer}{EOS}", answer_weight)]
 
 
 def answer_prompt(story: str, question: str) -> str:
@@ -104,8 +118,8 @@ def _plain(rng: Random) -> Document:
     """A story, then nothing, or questions on the same line."""
     story = StoryWriter(rng).write()
     if rng.random() < 0.2:
-        return [Segment(story.text, False), Segment(EOS, True)]
-    document = [Segment(story.text, False)]
+        return [Segment(story.text + EOS, NARRATION_WEIGHT)]
+    document = [Segment(story.text, NARRATION_WEIGHT)]
     for index, question in enumerate(_questions(story, rng, set())):
         document += _asked(rng, question, lead="" if index else " ")
     return document
@@ -123,7 +137,7 @@ def _chat(rng: Random) -> Document:
         if used & {*names, animal}:
             request, names, animal = "Tell me another story.", (), None
         story = StoryWriter(rng, used, names, animal).write()
-        document += turn(_typed(rng, request), story.text)
+        document += turn(_typed(rng, request), story.text, answer_weight=NARRATION_WEIGHT)
         for question in _questions(story, rng, used):
             document += _asked(rng, question)
         used |= story.words
@@ -140,7 +154,8 @@ def _told(rng: Random) -> Document:
     while sentences:
         count = rng.randint(1, most) if most < len(story.sentences) else most
         part, sentences = " ".join(sentences[:count]), sentences[count:]
-        document += turn(part, APPLAUSE if part.endswith("The end.") else LISTENING)
+        reply = APPLAUSE if part.endswith("The end.") else LISTENING
+        document += turn(part, reply, user_weight=NARRATION_WEIGHT)
     for question in _questions(story, rng, set()):
         document += _asked(rng, question)
     return document
@@ -149,11 +164,11 @@ def _told(rng: Random) -> Document:
 def _snippet(rng: Random) -> Document:
     """A few sentences and one question, in one turn or as plain text; then the other questions."""
     story = StoryWriter(rng).write_snippet()
-    first, *others = questions_about(story, rng)[:4]
+    first, *others = questions_about(story, rng)[:6]
     if rng.random() < 0.5:
         document = turn(f"{story.text} {first.text}", first.answer)
     else:
-        document = [Segment(story.text, False), *_asked(rng, first, lead=" ")]
+        document = [Segment(story.text, NARRATION_WEIGHT), *_asked(rng, first, lead=" ")]
     for question in others:
         document += _asked(rng, question)
     return document

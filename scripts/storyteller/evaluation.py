@@ -22,6 +22,10 @@ SAMPLE_PROMPTS = (
     "Once upon a time there was a girl named",
     "One day a boy named Finn",
     "Q: Tell me a story about Rosa and a fox. A:",
+    "Anna found a red ball. Anna gave the ball to Tom. Q: Who has the ball? A:",
+    "Anna found a red ball. Tom went to the park. Q: Where is Tom? A:",
+    "Q: What is the opposite of hot? A:",
+    "Q: Who are you? A:",
 )
 
 

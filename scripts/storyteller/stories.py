@@ -81,6 +81,8 @@ class Story:
     people: list[Person] = field(default_factory=list)
     things: list[Thing] = field(default_factory=list)
     weather: str | None = None
+    deeds: dict[str, list[str]] = field(default_factory=dict)
+    """Sentences by the name of the person they are about."""
     introduced: bool = False
     """Whether the story says who it is about."""
 
@@ -122,7 +124,7 @@ class StoryWriter:
 
     def write(self) -> Story:
         """A whole story: an opening, three to seven events, an ending."""
-        self._cast()
+        self._cast(2)
         self._open()
         # Everyone goes somewhere first, so that "where" can be asked of everyone.
         for person in self.rng.sample(self.story.people, len(self.story.people)):
@@ -135,10 +137,22 @@ class StoryWriter:
         return self.story
 
     def write_snippet(self) -> Story:
-        """One to three events and nothing around them, as somebody might type into a chat."""
-        self._cast()
-        for _ in range(self.rng.randint(1, 3)):
-            self._happen()
+        """A few events and nothing around them, as somebody might type into a chat.
+
+        Half of the snippets tell the same kind of event of several people, so that only a reader
+        who keeps people apart can answer.
+        """
+        if self.rng.random() < 0.5:
+            self._cast(self.rng.randint(2, 4))
+            event = self.rng.choice(
+                (self._move, self._find, self._find, self._eat, self._feel, self._get_pet)
+            )
+            for person in self.story.people:
+                event(person)
+        else:
+            self._cast(2)
+            for _ in range(self.rng.randint(1, 4)):
+                self._happen()
         return self.story
 
     def _happen(self) -> None:
@@ -149,17 +163,19 @@ class StoryWriter:
         while not self.rng.choice(events)(self.rng.choice(self.story.people)):
             pass
 
-    def _say(self, sentence: str) -> None:
+    def _say(self, sentence: str, doer: Person | None = None) -> None:
         self.story.sentences.append(sentence)
+        if doer:
+            self.story.deeds.setdefault(doer.name, []).append(sentence)
 
     def _pick(self, words: Iterable[str]) -> str:
         used = self.avoid | self.story.words
         return self.rng.choice([word for word in words if word not in used])
 
-    def _cast(self) -> None:
+    def _cast(self, count: int) -> None:
         everyone = lexicon.GIRLS + lexicon.BOYS
         names = list(self.names)
-        while len(names) < 2:
+        while len(names) < count:
             names.append(self._pick(name for name in everyone if name not in names))
         self.story.people = [Person(name, name in lexicon.GIRLS) for name in names]
 
@@ -186,15 +202,18 @@ class StoryWriter:
             )
         )
         if self.animal or self.rng.random() < 0.5:
-            owner = hero if self.animal else self.rng.choice(self.story.people)
-            animal = self.animal or self._pick(lexicon.ANIMALS)
-            pet_name = self._pick(lexicon.PET_NAMES)
-            look = with_article(f"{self.rng.choice(lexicon.SIZES)} {animal}")
-            owner.pet = (animal, pet_name)
-            self._say(f"{owner.name} had {look} named {pet_name}.")
+            self._get_pet(hero if self.animal else self.rng.choice(self.story.people))
         if self.rng.random() < 0.6:
             self.story.weather = self.rng.choice(lexicon.WEATHERS)
             self._say(f"It was a {self.story.weather} day.")
+
+    def _get_pet(self, person: Person) -> bool:
+        animal = self.animal or self._pick(lexicon.ANIMALS)
+        pet_name = self._pick(lexicon.PET_NAMES)
+        look = with_article(f"{self.rng.choice(lexicon.SIZES)} {animal}")
+        person.pet = (animal, pet_name)
+        self._say(f"{person.name} had {look} named {pet_name}.", person)
+        return True
 
     def _move(self, person: Person) -> bool:
         place = self.rng.choice([p for p in lexicon.PLACES if p != person.place])
@@ -203,14 +222,14 @@ class StoryWriter:
         then = self.rng.choice(("", "", "Then ", "Later "))
         joined = person.found is None and self.rng.random() < 0.3
         if not joined:
-            self._say(f"{then}{person.name} {verb} to the {place}.")
+            self._say(f"{then}{person.name} {verb} to the {place}.", person)
             return True
         thing = self._new_thing(person)
         if self.rng.random() < 0.5:
-            self._say(f"{then}{person.name} {verb} to the {place} and found {thing}.")
+            self._say(f"{then}{person.name} {verb} to the {place} and found {thing}.", person)
         else:
-            self._say(f"{then}{person.name} {verb} to the {place}.")
-            self._say(f"There {person.pronoun} found {thing}.")
+            self._say(f"{then}{person.name} {verb} to the {place}.", person)
+            self._say(f"There {person.pronoun} found {thing}.", person)
         return True
 
     def _new_thing(self, person: Person) -> str:
@@ -223,7 +242,7 @@ class StoryWriter:
     def _find(self, person: Person) -> bool:
         if person.found:
             return False
-        self._say(f"{person.name} found {self._new_thing(person)}.")
+        self._say(f"{person.name} found {self._new_thing(person)}.", person)
         return True
 
     def _give(self, person: Person) -> bool:
@@ -233,7 +252,7 @@ class StoryWriter:
         thing = self.rng.choice(held)
         receiver = self.rng.choice([p for p in self.story.people if p is not person])
         thing.holder = receiver
-        self._say(f"{person.name} gave the {thing.noun} to {receiver.name}.")
+        self._say(f"{person.name} gave the {thing.noun} to {receiver.name}.", person)
         return True
 
     def _eat(self, person: Person) -> bool:
@@ -241,13 +260,13 @@ class StoryWriter:
             return False
         eaten = {p.eaten for p in self.story.people}
         person.eaten = self.rng.choice([f for f in lexicon.FOODS if f not in eaten])
-        self._say(f"{person.name} ate {with_article(person.eaten)}.")
+        self._say(f"{person.name} ate {with_article(person.eaten)}.", person)
         return True
 
     def _feel(self, person: Person) -> bool:
         feeling = self.rng.choice([f for f in lexicon.FEELINGS if f != person.feeling])
         person.feeling = feeling
-        self._say(f"{person.name} {self.rng.choice(('was', 'felt'))} {feeling}.")
+        self._say(f"{person.name} {self.rng.choice(('was', 'felt'))} {feeling}.", person)
         return True
 
 
@@ -264,7 +283,7 @@ def questions_about(story: Story, rng: Random, known: Iterable[str] = ()) -> lis
     def ask(kind: str, text: str, answer: str) -> None:
         asked.append(Question(kind, text, answer))
 
-    hero, friend = story.people
+    hero, friend = story.people[:2]
     if story.introduced:
         both = f"{hero.name} and {friend.name}"
         ask("about", "Who is the story about?", f"The story is about {both}.")
@@ -292,8 +311,12 @@ def questions_about(story: Story, rng: Random, known: Iterable[str] = ()) -> lis
     for thing in story.things:
         ask("color", f"What color is the {thing.noun}?", f"The {thing.noun} is {thing.color}.")
         ask("holder", f"Who has the {thing.noun}?", f"{thing.holder.name} has the {thing.noun}.")
-    if story.introduced and rng.random() < DOUBT:
-        met = {hero.name, friend.name, *known}
+    if not story.introduced:
+        ask("again", "Say that again.", story.text)
+        for name, deeds in story.deeds.items():
+            ask("deeds", f"What do you know about {name}?", " ".join(deeds))
+    elif rng.random() < DOUBT:
+        met = {person.name for person in story.people}.union(known)
         stranger = rng.choice([name for name in lexicon.GIRLS + lexicon.BOYS if name not in met])
         ask("unknown", f"Where is {stranger}?", UNKNOWN)
     rng.shuffle(asked)

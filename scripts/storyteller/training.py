@@ -15,19 +15,18 @@ from storyteller.checkpoint import MAX_POSITIONS
 from storyteller.dialogue import Document, write_document
 from storyteller.muon import Muon
 
-TOKENS_PER_BATCH = 1536
-EASY_SHARE = 0.25
-"""Share of the steps that are made easy; see ``batches``."""
-DOCUMENTS_PER_DRAW = 512
-LAYER_RATE = 5e-3
+DOCUMENTS_PER_1024_TOKENS = 256
+"""Documents drawn at a time, by the size of a batch: enough to fill many rows of like length."""
+LAYER_RATE = 6e-3
 OTHER_RATE = 3e-3
 """Peak learning rates of the layers' matrices, and of the embedding and the norms."""
 WARMUP_STEPS = 50
-EASY_SNIPPETS = 0.9
-SNIPPETS = 0.2
-"""Share of the shortest documents, at first and later."""
-NARRATION_WEIGHT = 0.2
-"""Weight in the loss of a token that is not part of an answer: most of a story is free choice."""
+EASY_UNTIL, HARD_FROM = 0.3, 0.6
+"""Parts of the training that are over when stories begin to grow long, and when they have."""
+EASY_SNIPPETS, HARD_SNIPPETS = 0.95, 0.2
+"""Share of the shortest documents, at first and in the end."""
+
+REPORT_EVERY = 10
 
 Batch = tuple[Tensor, Tensor]
 """Token ids ``[b, n]`` int64 and loss weights ``[b, n]`` float32; padding weighs 0."""
@@ -40,31 +39,37 @@ def encode(tokenizer: Tokenizer, document: Document) -> tuple[list[int], list[fl
     for segment in document:
         piece = tokenizer.encode(segment.text).ids
         ids += piece
-        weights += [1.0 if segment.spoken else NARRATION_WEIGHT] * len(piece)
+        weights += [segment.weight] * len(piece)
     return ids[:MAX_POSITIONS], weights[:MAX_POSITIONS]
 
 
-def batches(tokenizer: Tokenizer, rng: Random, easy_batches: int) -> Iterator[Batch]:
-    """Endless batches of about ``TOKENS_PER_BATCH`` tokens.
+def snippet_share(progress: float) -> float:
+    """Share of snippets among the documents at ``progress`` (0 to 1) of the training.
 
-    The first ``easy_batches`` or so are nearly all snippets: looking something up is learnt much
-    sooner where there is little to look through, and stays learnt when stories grow long.
+    Looking something up is learnt much sooner where there is little to look through, and stays
+    learnt when stories grow long.
+    """
+    hardness = (progress - EASY_UNTIL) / (HARD_FROM - EASY_UNTIL)
+    return EASY_SNIPPETS + (HARD_SNIPPETS - EASY_SNIPPETS) * min(1.0, max(0.0, hardness))
+
+
+def batches(tokenizer: Tokenizer, rng: Random, steps: int, tokens: int) -> Iterator[Batch]:
+    """At least ``steps`` batches of about ``tokens`` tokens, without end.
 
     One document a row, so no story sees another; documents of a draw are sorted by length, so
     rows of a batch need little padding. Padding is on the right, where causal attention makes it
     invisible to the real tokens.
     """
+    documents = max(1, DOCUMENTS_PER_1024_TOKENS * min(tokens, 3072) // 1024)
     yielded = 0
     while True:
-        snippets = EASY_SNIPPETS if yielded < easy_batches else SNIPPETS
-        drawn = [
-            encode(tokenizer, write_document(rng, snippets)) for _ in range(DOCUMENTS_PER_DRAW)
-        ]
+        snippets = snippet_share(yielded / steps)
+        drawn = [encode(tokenizer, write_document(rng, snippets)) for _ in range(documents)]
         drawn.sort(key=lambda encoded: len(encoded[0]))
         ready: list[Batch] = []
         rows: list[tuple[list[int], list[float]]] = []
         for encoded in drawn:
-            if rows and (len(rows) + 1) * len(encoded[0]) > TOKENS_PER_BATCH:
+            if rows and (len(rows) + 1) * len(encoded[0]) > tokens:
                 ready.append(_collate(rows))
                 rows = []
             rows.append(encoded)
@@ -93,14 +98,17 @@ def schedule(step: int, steps: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
+def optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for the embedding and the norms.
+
+    ``rate`` times the usual peak is how fast they learn.
+    """
     layers = list(model.model.layers.parameters())
     matrices = [p for p in layers if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     return [
-        Muon(matrices, lr=LAYER_RATE),
-        torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+        Muon(matrices, lr=rate * LAYER_RATE),
+        torch.optim.AdamW(others, lr=rate * OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
@@ -109,14 +117,18 @@ def train(
     stream: Iterator[Batch],
     steps: int,
     report: Callable[[int, float], None],
+    rate: float = 1.0,
 ) -> None:
-    """Trains ``model`` in place; ``report(step, loss)`` is called after every step."""
-    both = optimizers(model)
+    """Trains ``model`` in place, on its device; ``report(step, loss)`` follows every tenth step.
+
+    Reading the loss waits for the device, which is then idle until the next step is queued.
+    """
+    both = optimizers(model, rate)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in both]
     model.train()
     for step in range(steps):
         share = schedule(step, steps)
-        ids, weights = next(stream)
+        ids, weights = (tensor.to(model.device) for tensor in next(stream))
         logits = model(input_ids=ids, use_cache=False).logits
         losses = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
@@ -130,5 +142,6 @@ def train(
                 group["lr"] = share * rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        report(step, loss.item())
+        if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
+            report(step, loss.item())
     model.eval()

@@ -27,10 +27,13 @@ class Reader:
         self.feels: dict[str, str] = {}
         self.pet: dict[str, tuple[str, str]] = {}
         self.people: list[str] = []
+        self.text = text
+        self.deeds: dict[str, list[str]] = {}
         self.weather = ""
         subject = ""
         for sentence in text.removesuffix(".").split(". "):
             subject = self._read(sentence, subject)
+            self.deeds.setdefault(subject, []).append(f"{sentence}.")
 
     def _read(self, sentence: str, subject: str) -> str:
         """Takes in one sentence; returns whom a pronoun in the next one means."""
@@ -43,7 +46,8 @@ class Reader:
             # "It was a good day" is how a story ends, not weather.
             self.weather = self.weather if hit[1] == "good" else hit[1]
         if hit := re.match(rf"{_NAME} had an? \w+ (\w+) named (\w+)", sentence):
-            self.pet[hit["who"]] = (hit[2], hit[3])
+            subject = hit["who"]
+            self.pet[subject] = (hit[2], hit[3])
         if hit := _MOVED.match(sentence):
             subject = hit["who"]
             self.place[subject] = hit["place"]
@@ -109,6 +113,12 @@ class Reader:
     def _holder(self, noun: str) -> str:
         return f"{self.holder[noun]} has the {noun}."
 
+    def _again(self) -> str:
+        return self.text
+
+    def _knows(self, name: str) -> str:
+        return " ".join(self.deeds[name])
+
 
 _QUESTIONS = tuple(
     (re.compile(pattern), method)
@@ -125,5 +135,7 @@ _QUESTIONS = tuple(
         (r"Who has (an? \w+)\?", Reader._owner),
         (r"What color is the (\w+)\?", Reader._color),
         (r"Who has the (\w+)\?", Reader._holder),
+        (r"Say that again\.", Reader._again),
+        (r"What do you know about (\w+)\?", Reader._knows),
     )
 )

@@ -10,7 +10,7 @@ import torch
 import train_example
 from storyteller.checkpoint import MAX_POSITIONS, VOCAB_SIZE, train_tokenizer
 from storyteller.dialogue import text_of, write_document
-from storyteller.training import TOKENS_PER_BATCH, batches, encode
+from storyteller.training import batches, encode
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -19,6 +19,9 @@ from typer.testing import CliRunner
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return train_tokenizer(text_of(write_document(Random(seed))) for seed in range(300))
+
+
+TOKENS = 1024
 
 
 def test_a_document_is_encoded_as_its_text_is(tokenizer: Tokenizer) -> None:
@@ -36,12 +39,12 @@ def test_any_text_survives_the_tokenizer(tokenizer: Tokenizer, text: str) -> Non
 
 
 def test_batches_hold_one_document_a_row_and_little_padding(tokenizer: Tokenizer) -> None:
-    stream = batches(tokenizer, Random(0), easy_batches=0)
+    stream = batches(tokenizer, Random(0), steps=50, tokens=TOKENS)
     real = padded = 0
     for _ in range(50):
         ids, weights = next(stream)
         assert ids.shape == weights.shape
-        assert ids.numel() <= TOKENS_PER_BATCH or ids.shape[0] == 1
+        assert ids.numel() <= TOKENS or ids.shape[0] == 1
         assert int(ids.max()) < VOCAB_SIZE
         real += int((weights > 0).sum())
         padded += ids.numel()
