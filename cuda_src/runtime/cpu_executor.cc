@@ -3,7 +3,6 @@
 
 #include "check.h"
 
-
 #include <tvm/runtime/c_backend_api.h>
 
 #include <algorithm>
@@ -25,7 +24,8 @@ KernelHandle::KernelHandle(tvm::ffi::Function factory) : factory_(std::move(fact
 
 void CpuExecutor::Free::operator()(void* p) const { std::free(p); }
 
-CpuExecutor::CpuExecutor(KernelHandle kernel, int32_t max_rows) : kernel_(std::move(kernel)), num_threads_(NumThreads()) {
+CpuExecutor::CpuExecutor(KernelHandle kernel, int32_t max_rows)
+    : kernel_(std::move(kernel)), num_threads_(NumThreads()) {
   constexpr int64_t kPage = 4096;  // a page apart, threads share no cache line
   scratch_stride_ = (kernel_->scratch_bytes(max_rows) + kPage - 1) / kPage * kPage;
   void* scratch = std::aligned_alloc(kPage, scratch_stride_ * num_threads_);

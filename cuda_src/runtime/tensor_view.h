@@ -48,11 +48,12 @@ inline void CheckTensor(const char* name, const DLTensor& t, DLDataType dtype, D
   TVM_FLASHINFER_CHECK(t.dtype == dtype, TypeError)
       << "argument `" << name << "` has dtype " << DLDataTypeToString(t.dtype) << ", expected "
       << DLDataTypeToString(dtype);
-  TVM_FLASHINFER_CHECK(t.device.device_type == device.device_type && t.device.device_id == device.device_id,
-                ValueError)
-      << "argument `" << name << "` is on device (" << static_cast<int>(t.device.device_type) << ", "
-      << t.device.device_id << "), expected (" << static_cast<int>(device.device_type) << ", "
-      << device.device_id << ")";
+  TVM_FLASHINFER_CHECK(
+      t.device.device_type == device.device_type && t.device.device_id == device.device_id,
+      ValueError)
+      << "argument `" << name << "` is on device (" << static_cast<int>(t.device.device_type)
+      << ", " << t.device.device_id << "), expected (" << static_cast<int>(device.device_type)
+      << ", " << device.device_id << ")";
   TVM_FLASHINFER_CHECK(tvm::ffi::IsContiguous(t), ValueError)
       << "argument `" << name << "` of shape " << ShapeString(t) << " is not contiguous";
   const int rank = static_cast<int>(shape.size());
@@ -67,7 +68,7 @@ inline void CheckTensor(const char* name, const DLTensor& t, DLDataType dtype, D
     ++axis;
   }
   TVM_FLASHINFER_CHECK(ok, ValueError) << "argument `" << name << "` has shape " << ShapeString(t)
-                                << ", expected " << expected << "]";
+                                       << ", expected " << expected << "]";
 }
 
 }  // namespace tvm_flashinfer

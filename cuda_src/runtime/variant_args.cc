@@ -34,7 +34,8 @@ VariantArg BindScalar(const VariantParam& param, const Any& value) {
   if (param.type == VariantType::kInt32) {
     const auto given = value.try_cast<int64_t>();
     TVM_FLASHINFER_CHECK(given.has_value(), TypeError)
-        << "parameter `" << param.name << "` is a " << value.GetTypeKey() << ", expected an integer";
+        << "parameter `" << param.name << "` is a " << value.GetTypeKey()
+        << ", expected an integer";
     TVM_FLASHINFER_CHECK(*given >= INT32_MIN && *given <= INT32_MAX, ValueError)
         << "parameter `" << param.name << "` is " << *given << ", expected an int32";
     arg.i = static_cast<int32_t>(*given);
@@ -102,8 +103,9 @@ const VariantArgs* BoundVariantArgs::Get(const CpuKernel& kernel,
   TVM_FLASHINFER_CHECK(outside < 0, ValueError)
       << "parameter `" << kernel.params[outside].name << "` has shape "
       << ShapeString(*values_[outside].cast<Tensor>().GetDLTensorPtr())
-      << ", too small for what this plan indexes: " << at.request.hi + 1 << " requests, positions up to "
-      << std::max(at.q_idx.hi, at.kv_idx.hi) << ", " << at.q_head.hi + 1 << " query heads";
+      << ", too small for what this plan indexes: " << at.request.hi + 1
+      << " requests, positions up to " << std::max(at.q_idx.hi, at.kv_idx.hi) << ", "
+      << at.q_head.hi + 1 << " query heads";
   return &args_;
 }
 

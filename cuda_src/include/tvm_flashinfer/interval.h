@@ -79,9 +79,9 @@ TVM_FLASHINFER_HOST_DEVICE inline Possible operator!=(Interval a, Interval b) {
   const Possible equal = a == b;
   return {equal.is_false, equal.is_true};
 }
-#define TVM_FLASHINFER_UNKNOWN_COMPARISON(op)                                         \
+#define TVM_FLASHINFER_UNKNOWN_COMPARISON(op)                                  \
   TVM_FLASHINFER_HOST_DEVICE inline Possible operator op(AnyFloat, AnyFloat) { \
-    return {true, true};                                                              \
+    return {true, true};                                                       \
   }
 TVM_FLASHINFER_UNKNOWN_COMPARISON(<=)
 TVM_FLASHINFER_UNKNOWN_COMPARISON(<)
@@ -193,8 +193,8 @@ TVM_FLASHINFER_HOST_DEVICE TileClass ClassifyByIntervals(const typename V::Param
   if constexpr (!V::kHasMask) return TileClass::kFull;
   // A tile may span requests and heads.
   const Interval any_index{0, INT32_MAX};
-  const ElementIndex<Interval> at{any_index, {r.q_lo, r.q_hi}, {r.kv_lo, r.kv_hi}, any_index,
-                                  any_index};
+  const ElementIndex<Interval> at{
+      any_index, {r.q_lo, r.q_hi}, {r.kv_lo, r.kv_hi}, any_index, any_index};
   const Possible visible = V::template Mask<IntervalLanes>(params, at);
   if (!visible.is_true) return TileClass::kEmpty;
   return visible.is_false ? TileClass::kMixed : TileClass::kFull;

@@ -40,14 +40,14 @@ static_assert(sizeof(WorkItem) == 8 * sizeof(int32_t), "a work item is eight int
 /*! \brief Scalars of a plan, at its start. */
 struct PlanHeader {
   int32_t num_items;
-  int32_t num_workers;     //!< queues; 1 when workers share one queue
+  int32_t num_workers;  //!< queues; 1 when workers share one queue
   int32_t num_q_tokens;
   int32_t num_requests;
   int32_t num_levels;
-  int32_t num_kv_pages;    //!< used entries of kv_indices
-  int32_t num_partials;    //!< used partial rows
-  int32_t max_tile_tokens; //!< largest q_count of any item
-  int32_t kv_chunk;        //!< chunk bound of Algorithm 1, in KV tokens
+  int32_t num_kv_pages;     //!< used entries of kv_indices
+  int32_t num_partials;     //!< used partial rows
+  int32_t max_tile_tokens;  //!< largest q_count of any item
+  int32_t kv_chunk;         //!< chunk bound of Algorithm 1, in KV tokens
   int32_t reserved[7];
 };
 static_assert(sizeof(PlanHeader) == 16 * sizeof(int32_t), "sections start 64-byte aligned");
@@ -60,33 +60,33 @@ struct PlanBounds {
   int32_t max_levels = 1;
   int32_t num_workers = 1;
   int32_t num_kv_heads = 1;
-  int32_t max_tile_tokens = 1;  //!< largest query tile, in tokens
-  int32_t max_splits = 4;       //!< chunks the scheduler may cut per worker, to balance
+  int32_t max_tile_tokens = 1;   //!< largest query tile, in tokens
+  int32_t max_splits = 4;        //!< chunks the scheduler may cut per worker, to balance
   int32_t max_fixed_chunks = 0;  //!< > 0: most chunks of a row in batch-invariant plans
 };
 
 /*! \brief Sections of the plan, in buffer order. */
 enum class PlanSection : int32_t {
   kHeader,
-  kWorkerIndptr,     //!< [num_workers + 1] queue bounds into kItems; items after them: shared tail
-  kQRequest,         //!< [max_q_tokens] request of a query token
-  kQPosition,        //!< [max_q_tokens] position of a query token in its request
-  kRequestQIndptr,   //!< [max_requests + 1] first query token of a request
-  kRequestKVLen,     //!< [max_requests] KV tokens of a request, the new ones included
-  kMergeIndptr,      //!< [max_q_tokens + 1] bounds into kMergeRows; empty: nothing to merge
-  kKVIndptr,         //!< [max_levels, max_requests + 1] bounds into kKVIndices
-  kKVPosition,       //!< [max_levels, max_requests] position of a row's first KV token
-  kItems,            //!< [max_items] WorkItem
-  kMergeRows,        //!< [max_partials] partial rows of a token, in merge order
-  kKVIndices,        //!< [max_kv_pages] page ids
+  kWorkerIndptr,    //!< [num_workers + 1] queue bounds into kItems; items after them: shared tail
+  kQRequest,        //!< [max_q_tokens] request of a query token
+  kQPosition,       //!< [max_q_tokens] position of a query token in its request
+  kRequestQIndptr,  //!< [max_requests + 1] first query token of a request
+  kRequestKVLen,    //!< [max_requests] KV tokens of a request, the new ones included
+  kMergeIndptr,     //!< [max_q_tokens + 1] bounds into kMergeRows; empty: nothing to merge
+  kKVIndptr,        //!< [max_levels, max_requests + 1] bounds into kKVIndices
+  kKVPosition,      //!< [max_levels, max_requests] position of a row's first KV token
+  kItems,           //!< [max_items] WorkItem
+  kMergeRows,       //!< [max_partials] partial rows of a token, in merge order
+  kKVIndices,       //!< [max_kv_pages] page ids
   kCount
 };
 
 inline const char* PlanSectionName(PlanSection section) {
-  static const char* const kNames[] = {
-      "header",         "worker_indptr", "q_request",   "q_position", "request_q_indptr",
-      "request_kv_len", "merge_indptr",  "kv_indptr",   "kv_position", "items",
-      "merge_rows",     "kv_indices"};
+  static const char* const kNames[] = {"header",       "worker_indptr",    "q_request",
+                                       "q_position",   "request_q_indptr", "request_kv_len",
+                                       "merge_indptr", "kv_indptr",        "kv_position",
+                                       "items",        "merge_rows",       "kv_indices"};
   return kNames[static_cast<int32_t>(section)];
 }
 
@@ -95,9 +95,9 @@ struct PlanLayout {
   static constexpr int32_t kNumSections = static_cast<int32_t>(PlanSection::kCount);
   int64_t offset[kNumSections];
   int64_t size[kNumSections];
-  int64_t total;          //!< int32 elements of the whole buffer
+  int64_t total;  //!< int32 elements of the whole buffer
   int64_t max_items;
-  int64_t max_partials;   //!< rows of the partial-state workspace
+  int64_t max_partials;  //!< rows of the partial-state workspace
 
   TVM_FLASHINFER_HOST_DEVICE int64_t Offset(PlanSection s) const {
     return offset[static_cast<int32_t>(s)];
@@ -124,19 +124,18 @@ struct PlanLayout {
       if (l.max_partials < tiles * b.max_fixed_chunks) l.max_partials = tiles * b.max_fixed_chunks;
     }
     l.max_items = (tiles + cuts) * b.num_kv_heads;
-    const int64_t sizes[kNumSections] = {
-        static_cast<int64_t>(sizeof(PlanHeader) / sizeof(int32_t)),
-        int64_t{b.num_workers} + 1,
-        b.max_q_tokens,
-        b.max_q_tokens,
-        int64_t{b.max_requests} + 1,
-        b.max_requests,
-        int64_t{b.max_q_tokens} + 1,
-        int64_t{b.max_levels} * (int64_t{b.max_requests} + 1),
-        int64_t{b.max_levels} * b.max_requests,
-        l.max_items * 8,
-        l.max_partials,
-        b.max_kv_pages};
+    const int64_t sizes[kNumSections] = {static_cast<int64_t>(sizeof(PlanHeader) / sizeof(int32_t)),
+                                         int64_t{b.num_workers} + 1,
+                                         b.max_q_tokens,
+                                         b.max_q_tokens,
+                                         int64_t{b.max_requests} + 1,
+                                         b.max_requests,
+                                         int64_t{b.max_q_tokens} + 1,
+                                         int64_t{b.max_levels} * (int64_t{b.max_requests} + 1),
+                                         int64_t{b.max_levels} * b.max_requests,
+                                         l.max_items * 8,
+                                         l.max_partials,
+                                         b.max_kv_pages};
     int64_t at = 0;
     for (int32_t i = 0; i < kNumSections; ++i) {
       l.size[i] = sizes[i];

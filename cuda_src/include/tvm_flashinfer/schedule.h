@@ -38,19 +38,20 @@ struct ScheduleInput {
   int32_t num_levels = 1;
   const LayoutLevel* levels = nullptr;  //!< shared prefixes first; the last covers every query
   int32_t page_size = 1;
-  /*! Positions of the query tokens; null: bottom-right, the last query sits on the last KV token. */
+  /*! Positions of the query tokens; null: bottom-right, the last query sits on the last KV token.
+   */
   const int32_t* q_position = nullptr;
   bool causal = true;
-  int32_t window_left = -1;     //!< >= 0: a query sees this many tokens before itself
-  int32_t attention_sink = 0;   //!< first tokens that a window never hides
-  int32_t group = 1;            //!< query heads of a KV head
-  int32_t tile_tokens = 1;      //!< query tile, from ChooseTileTokens
-  int32_t kv_align = 1;         //!< chunks are multiples of this many tokens
-  int32_t min_chunk = 128;      //!< shortest chunk worth a partial state, in tokens
-  int32_t fixed_chunk = 0;      //!< > 0: batch-invariant, every tile is cut at these multiples
-  int32_t compute_rows = 16;    //!< packed rows at which a KV token's arithmetic costs its bytes
-  int32_t item_overhead = 32;   //!< cost of starting an item, in KV tokens
-  bool shared_queue = false;    //!< workers take items dynamically from one descending queue
+  int32_t window_left = -1;    //!< >= 0: a query sees this many tokens before itself
+  int32_t attention_sink = 0;  //!< first tokens that a window never hides
+  int32_t group = 1;           //!< query heads of a KV head
+  int32_t tile_tokens = 1;     //!< query tile, from ChooseTileTokens
+  int32_t kv_align = 1;        //!< chunks are multiples of this many tokens
+  int32_t min_chunk = 128;     //!< shortest chunk worth a partial state, in tokens
+  int32_t fixed_chunk = 0;     //!< > 0: batch-invariant, every tile is cut at these multiples
+  int32_t compute_rows = 16;   //!< packed rows at which a KV token's arithmetic costs its bytes
+  int32_t item_overhead = 32;  //!< cost of starting an item, in KV tokens
+  bool shared_queue = false;   //!< workers take items dynamically from one descending queue
   /*!
    * Per cent of every tile's KV that is left, in small chunks, to a queue that all workers take
    * from once their own is empty. Evens out workers of unequal speed, as multiprocessors that share
@@ -351,8 +352,9 @@ class Scheduler {
     for (int64_t i = 0; i < num_tiles_; ++i) {
       Tile& t = tiles_[i];
       t.num_chunks = 0;
-      const int32_t own_end =
-          t.num_tail == 0 ? t.kv_end : (t.kv_end - t.num_tail * t.chunk) / in.kv_align * in.kv_align;
+      const int32_t own_end = t.num_tail == 0
+                                  ? t.kv_end
+                                  : (t.kv_end - t.num_tail * t.chunk) / in.kv_align * in.kv_align;
       int32_t begin = t.kv_begin;
       const bool last_level = t.level == in.num_levels - 1;
       while (begin < own_end || (t.num_chunks == 0 && last_level)) {
@@ -385,8 +387,8 @@ class Scheduler {
     }
     worst_ = std::max(worst_, used);
     imbalance_ = total == 0 || has_tail_ ? 1.0
-                                        : static_cast<double>(worst_) * bounds_.num_workers /
-                                              static_cast<double>(total * heads);
+                                         : static_cast<double>(worst_) * bounds_.num_workers /
+                                               static_cast<double>(total * heads);
     SortChunks();
     for (int64_t i = 0; i < num_chunks_; ++i) {
       const int32_t owner = chunks_[keys_[i].chunk].worker;
@@ -416,10 +418,10 @@ class Scheduler {
     if (tokens / workers / kTailChunksPerWorker < 2 * in.min_chunk) return false;
     const int64_t room = int64_t{workers} * (bounds_.max_splits - 1);  // one cut is the queues' own
     if (room <= 0) return false;
-    const int64_t chunk = AlignUp(
-        std::max({int64_t{in.min_chunk}, tokens / workers / kTailChunksPerWorker,
-                  (tokens * in.shared_tail / 100 + room - 1) / room}),
-        in.kv_align);
+    const int64_t chunk =
+        AlignUp(std::max({int64_t{in.min_chunk}, tokens / workers / kTailChunksPerWorker,
+                          (tokens * in.shared_tail / 100 + room - 1) / room}),
+                in.kv_align);
     if (tokens * in.shared_tail / 100 < chunk * workers) return false;
     int64_t owed = 0;
     for (int64_t i = 0; i < num_tiles_; ++i) {
@@ -482,9 +484,9 @@ class Scheduler {
 
     EmitRequests(in, section(PlanSection::kQRequest), section(PlanSection::kQPosition),
                  section(PlanSection::kRequestQIndptr), section(PlanSection::kRequestKVLen));
-    header->num_kv_pages = EmitPages(in, section(PlanSection::kKVIndptr),
-                                     section(PlanSection::kKVPosition),
-                                     section(PlanSection::kKVIndices));
+    header->num_kv_pages =
+        EmitPages(in, section(PlanSection::kKVIndptr), section(PlanSection::kKVPosition),
+                  section(PlanSection::kKVIndices));
     EmitMerge(num_tokens, section(PlanSection::kMergeIndptr), section(PlanSection::kMergeRows));
 
     // Counting sort by worker keeps the descending order within each queue.
@@ -503,8 +505,8 @@ class Scheduler {
       const Tile& t = tiles_[c.tile];
       for (int32_t h = 0; h < heads; ++h) {
         const int32_t owner = owner_[i * heads + h];
-        items[owner < bounds_.num_workers ? indptr[owner]++ : tail++] = {t.row,      t.q_begin, t.q_count, c.kv_begin,
-                                                  c.kv_count, h,         c.partial, t.level};
+        items[owner < bounds_.num_workers ? indptr[owner]++ : tail++] = {
+            t.row, t.q_begin, t.q_count, c.kv_begin, c.kv_count, h, c.partial, t.level};
       }
     }
     for (int32_t w = bounds_.num_workers; w > 0; --w) indptr[w] = indptr[w - 1];

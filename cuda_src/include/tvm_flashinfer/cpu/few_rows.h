@@ -63,7 +63,7 @@ class FewRows {
     const int32_t position = p_.plan.KVPosition(item_.level, item_.row);
     const int32_t end = item_.kv_begin + item_.kv_count;
     const TKV* rows[2][2][kBlockKV];  // [this or next block][k or v]
-    auto gather = [&](int32_t begin, const TKV* (&block)[2][kBlockKV]) {
+    auto gather = [&](int32_t begin, const TKV*(&block)[2][kBlockKV]) {
       const int32_t count = std::min<int32_t>(kBlockKV, end - begin);
       if (count <= 0) return count;
       k_rows.Gather(begin, count, block[0]);

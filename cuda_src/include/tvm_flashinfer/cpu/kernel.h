@@ -40,8 +40,8 @@ struct CpuKernel {
   int32_t head_dim_vo;
   int32_t num_params;          //!< parameters of the variant, passed to a run as VariantArgs
   const VariantParam* params;  //!< [num_params]
-  int32_t causal;  //!< the variant hides keys after the query: the scheduler skips them
-  int32_t row_tiles[2];  //!< packed rows of the decode and of the prefill tile
+  int32_t causal;              //!< the variant hides keys after the query: the scheduler skips them
+  int32_t row_tiles[2];        //!< packed rows of the decode and of the prefill tile
   int32_t kv_align;
   /*! \brief Index of a parameter that elements in `at` may read past its end, or -1. */
   int32_t (*out_of_bounds_param)(const VariantArgs* args, const ElementIndex<Interval>* at);

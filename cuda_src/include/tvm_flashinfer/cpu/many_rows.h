@@ -136,8 +136,7 @@ class ManyRows {
 
   /*! Point rows at a block's tokens as float32: in their pages, or converted into `block`. */
   template <int kDim>
-  static void LoadBlock(const TKV* const* source, int32_t count, float* block,
-                        const float** rows) {
+  static void LoadBlock(const TKV* const* source, int32_t count, float* block, const float** rows) {
     for (int32_t i = 0; i < count; ++i) {
       if constexpr (kConvert) {
         float* row = block + i * kDim;
@@ -189,7 +188,8 @@ class ManyRows {
         }
       }
       for (int i = 0; i < kBlockRows; ++i) {
-        for (int j = 0; j < kPanelVectors; ++j) Store(s_ + (n + i) * kPanel + j * kLanes, acc[i][j]);
+        for (int j = 0; j < kPanelVectors; ++j)
+          Store(s_ + (n + i) * kPanel + j * kLanes, acc[i][j]);
       }
     }
   }

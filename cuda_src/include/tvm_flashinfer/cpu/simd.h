@@ -189,10 +189,18 @@ struct SimdLanes {
   static Float Tanh(Float x) { return cpu::Tanh(x); }
   static Float Sigmoid(Float x) { return 0.5f * cpu::Tanh(0.5f * x) + 0.5f; }
   static Float Abs(Float x) { return cpu::Max(x, -x); }
-  static Float Sqrt(Float x) { return Map(x, [](float e) { return std::sqrt(e); }); }
-  static Float Log(Float x) { return Map(x, [](float e) { return std::log(e); }); }
-  static Float Sin(Float x) { return Map(x, [](float e) { return std::sin(e); }); }
-  static Float Cos(Float x) { return Map(x, [](float e) { return std::cos(e); }); }
+  static Float Sqrt(Float x) {
+    return Map(x, [](float e) { return std::sqrt(e); });
+  }
+  static Float Log(Float x) {
+    return Map(x, [](float e) { return std::log(e); });
+  }
+  static Float Sin(Float x) {
+    return Map(x, [](float e) { return std::sin(e); });
+  }
+  static Float Cos(Float x) {
+    return Map(x, [](float e) { return std::cos(e); });
+  }
 };
 
 inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }

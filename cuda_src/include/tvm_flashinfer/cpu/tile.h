@@ -18,8 +18,7 @@ namespace cpu {
 template <typename T>
 class KVRows {
  public:
-  KVRows(const void* pool, const KVStrides& strides, const AttentionParams& p,
-         const WorkItem& item)
+  KVRows(const void* pool, const KVStrides& strides, const AttentionParams& p, const WorkItem& item)
       : base_(static_cast<const T*>(pool) + item.head * strides.head),
         strides_(strides),
         pages_(p.plan.Pages(item.level, item.row)),
