@@ -1,12 +1,8 @@
-"""Heavy tests of the KV cache run only when asked for: ``pytest tests/kv_cache -m heavy``."""
+"""Heavy tests run only when asked for: ``pytest tests/kv_cache -m heavy``."""
 
 from __future__ import annotations
 
 import pytest
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "heavy: minutes long; runs only with -m heavy")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
