@@ -14,6 +14,7 @@ import tvm
 from checkpoints import make_checkpoint
 from safetensors.numpy import save_file
 
+from tvm_flashinfer.bench import SUITES
 from tvm_flashinfer.cli import main
 from tvm_flashinfer.manifest import LIBRARY, MANIFEST, WEIGHTS, Manifest
 
@@ -229,7 +230,9 @@ def test_generation_options(refused: Refused, compiled: Callable[..., Path]) -> 
 
 
 def test_unknown_suites_name_those_there_are(refused: Refused, tmp_path: Path) -> None:
-    assert "There is no suite 'everything'; available: generate." in refused("bench", "everything")
+    available = ", ".join(SUITES)
+    said = refused("bench", "everything")
+    assert f"There is no suite 'everything'; available: {available}." in said
     said = refused("bench", "generate", "--json", tmp_path / "no" / "x.json")
     assert "its folder doesn't exist" in said
     assert "No case of suite generate matches 'x'" in refused("bench", "generate", "--cases", "x")

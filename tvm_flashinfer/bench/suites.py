@@ -50,7 +50,10 @@ class Suite(Protocol):
     def run(self, context: Context) -> None: ...
 
 
-SUITES = {"generate": "whole models: latency between tokens, attention's share, prefill"}
+SUITES = {
+    "generate": "whole models: latency between tokens, attention's share, prefill",
+    "linear": "linear layers beside numpy, PyTorch and TVM's own code",
+}
 
 
 def load_suite(name: str) -> Suite:

@@ -27,6 +27,7 @@ def run_bench(
         # Read when the libraries are loaded and TVM's pool starts, which is later than this.
         for name in ("TVM_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
             os.environ[name] = str(threads)
+    from .._library import load
     from ..bench import SUITES, Context, Report
     from ..bench.machine import describe, versions
     from ..bench.suites import load_suite
@@ -38,6 +39,7 @@ def run_bench(
         raise UserError(f"The device is {device!r}, but cpu or cuda is needed.")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"{json_file} can't be written: its folder doesn't exist.")
+    load()
     count = threads or _threads()
     report = Report(machine=describe(count), versions=versions())
     with Stages() as stages, tempfile.TemporaryDirectory(prefix="tvm-flashinfer-") as folder:
