@@ -29,11 +29,18 @@ printf '\n%s' "$PROMPT"
 tvm-flashinfer generate "$MODELS/ours" --prompt "$PROMPT" --max-tokens 48
 printf '\n'
 
-for name in ours tvm; do
-  step "measure, attention: $name" bash -c \
-    'tvm-flashinfer generate "$1" --json --max-batch 1 --max-tokens 64 --prompts-file scripts/quickstart_prompts.txt >"$1.json"' \
-    - "$MODELS/$name"
-done
+# measure NAME: speeds of $MODELS/NAME into $MODELS/NAME.json, unless that was done for this very model.
+measure() {
+  local from
+  from=$(fingerprint "$MODELS/$1/manifest.json" scripts/quickstart_prompts.txt)-$(<"$STATE/compile-$1.stamp")
+  is_done "measure-$1" "$from" && [[ -f $MODELS/$1.json ]] && return
+  step "measure, attention: $1" bash -c \
+    'tvm-flashinfer generate "$1" --json --max-batch 1 --max-tokens 64 --prompts-file "$2" >"$1.json"' \
+    - "$MODELS/$1" scripts/quickstart_prompts.txt
+  mark_done "measure-$1" "$from"
+}
+measure ours
+measure tvm
 "$PYTHON" scripts/quickstart_table.py "$MODELS/ours" "$MODELS/tvm"
 
 cat <<END
