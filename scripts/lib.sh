@@ -115,7 +115,7 @@ ensure_installed() {
   local extras=$1 from
   check_machine
   from=$(fingerprint pyproject.toml CMakeLists.txt cmake scripts/constraints.txt)-$extras
-  if ! is_done "install-$extras" "$from" || ! "$PYTHON" -c 'import tvm_flashinfer' 2>/dev/null; then
+  if ! is_done "install-$extras" "$from" || [[ ! -x $VENV/bin/tvm-flashinfer || ! -f $ROOT/build/build.ninja ]]; then
     step "install TVM and build tools" install_build_tools
     step "install PyTorch (CPU build; imports checkpoints)" install_torch
     step "build and install tvm-flashinfer[$extras]" \

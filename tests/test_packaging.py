@@ -127,6 +127,7 @@ def test_command_line_survives_a_foreign_library(foreign_library: Path, command:
 def test_wheel_is_complete_and_works_where_it_is_unpacked(tmp_path: Path) -> None:
     """The library, its facts, the kernel headers and the type markers are inside."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
+    command += ["--config-settings", "cmake.build-type=Debug"]  # compiles in half the time
     subprocess.run([*command, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, timeout=500)
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
