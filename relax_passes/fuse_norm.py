@@ -21,9 +21,8 @@ from relax_passes.graph import (
     shape_of,
     static_int,
 )
+from relax_passes.schedule_cpu import PARALLEL_ELEMENTS
 
-#: Rows times width from which a kernel is worth waking the other threads for.
-PARALLEL_ELEMENTS = 32768
 #: Opaque to fusion, and scheduled already.
 _ATTRS = {"op_pattern": 8, "tirx.is_scheduled": True}
 

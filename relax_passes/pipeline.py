@@ -26,6 +26,7 @@ import tvm
 from tvm import relax
 from tvm.relax.pipeline import PIPELINE_MAP, register_pipeline
 
+from relax_passes.combine_linear import combine_parallel_linears
 from relax_passes.importer import ImportedCausalLM, import_causal_lm
 from relax_passes.paginate import PaginateAttention, PaginateError
 from relax_passes.recognize import find_sites
@@ -156,6 +157,9 @@ def compile_causal_lm(
     if attention == "ours":
         say("build kernel")
         kernel = _build_kernel(imported, where, say)
+    module, params = imported.module, imported.params
+    if attention == "ours":
+        module, params = combine_parallel_linears(module, params)
     say("find attention")
     paginate = PaginateAttention(
         attention,
@@ -168,7 +172,7 @@ def compile_causal_lm(
         **graph_options,
     )
     try:
-        module = tvm.transform.Sequential([paginate])(imported.module)
+        module = tvm.transform.Sequential([paginate])(module)
     except PaginateError as why:
         raise CompileError(str(why)) from None
     if kernel is not None:
@@ -180,7 +184,7 @@ def compile_causal_lm(
     executable = tvm.compile(module, target=where, relax_pipeline=pipeline)
     compiled = CompiledCausalLM(
         executable=executable,
-        params=imported.params,
+        params=params,
         report=report,
         target=str(where),
         attention=attention,

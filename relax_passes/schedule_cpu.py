@@ -8,8 +8,9 @@ from typing import Any
 import tvm
 from tvm import relax, s_tir, tirx
 
-#: Elements from which a kernel is worth waking the other threads for.
-PARALLEL_ELEMENTS = 32768
+#: Elements from which a kernel is worth waking the other threads for: on a busy machine that costs
+#: up to a time slice, as much as going over a few hundred thousand elements alone.
+PARALLEL_ELEMENTS = 1 << 19
 VECTOR_LANES = 16
 
 

@@ -126,7 +126,7 @@ def test_elementwise_chains_become_one_loop() -> None:
         return g.multiply(back, y)
 
     func = build(body, *(tensor(n, 1, ROWS, WIDTH) for n in "xy"))
-    func = func.with_attr("tir_var_upper_bound", {"n": 4096})
+    func = func.with_attr("tir_var_upper_bound", {"n": 1 << 16})
     module = tvm.IRModule({"main": func})
     fused = tvm.transform.Sequential(
         [
