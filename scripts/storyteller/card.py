@@ -8,6 +8,8 @@ from transformers import LlamaConfig
 
 from storyteller.evaluation import Score
 
+WEAK = 0.9
+
 _CARD = """\
 # Storyteller
 
@@ -44,6 +46,8 @@ questions of `facts.py` by heart, and nothing else.
 Greedy answers compared letter for letter, on {held_out} questions about stories it never saw and
 on every general question: **{accuracy:.1%}** and **{facts_accuracy:.1%}**.
 
+{weak}
+
 | kind of question | right | asked |
 |---|---|---|
 {kinds}
@@ -62,8 +66,8 @@ python scripts/train_example.py --steps {run.steps} --tokens {run.tokens} --seed
 ```
 
 The seed fixes the text, the first weights and the order of training. The same device and PyTorch
-give the same file at best; elsewhere sums round differently, which is enough to end
-in other weights and other stories, with answers as good.
+give the same file at best; elsewhere sums round differently, which is enough to end in other
+weights, other stories and somewhat other scores.
 """  # noqa: E501 - rows of Markdown tables
 
 
@@ -80,6 +84,15 @@ class CardFacts:
     writers: int
     device: str
     minutes: float
+
+
+def _weak_spots(stories: Score) -> str:
+    """A sentence on the kinds of question that are often answered wrongly."""
+    share = {kind: stories.right[kind] / total for kind, total in stories.total.items()}
+    weak = sorted((kind for kind in share if share[kind] < WEAK), key=lambda kind: share[kind])
+    if not weak:
+        return f"No kind of question is right less often than {WEAK:.0%} of the time."
+    return f"It is weak (under {WEAK:.0%}) at these kinds: {', '.join(weak)}."
 
 
 def model_card(run: CardFacts, stories: Score, facts: Score, samples: list[tuple[str, str]]) -> str:
@@ -102,6 +115,7 @@ def model_card(run: CardFacts, stories: Score, facts: Score, samples: list[tuple
         accuracy=stories.accuracy,
         facts=facts.total.total(),
         facts_accuracy=facts.accuracy,
+        weak=_weak_spots(stories),
         kinds=kinds,
         samples="\n\n".join(f"> **{prompt}**{text}" for prompt, text in samples),
     )

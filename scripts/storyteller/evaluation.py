@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -17,6 +17,8 @@ from storyteller.stories import Question, StoryWriter, questions_about
 
 HELD_OUT_SEED = 1_000_003
 """Evaluation stories come from this generator; training documents never do."""
+
+QUESTIONS_AT_ONCE = 24
 
 SAMPLE_PROMPTS = (
     "Once upon a time there was a girl named",
@@ -70,17 +72,26 @@ def generate(
 
 
 @torch.no_grad()
-def answers_exactly(model: LlamaForCausalLM, tokenizer: Tokenizer, asked: Asked) -> bool:
-    """Whether the greedy answer is the right one to the letter, end of text included.
+def answered_exactly(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, questions: Sequence[Asked]
+) -> list[bool]:
+    """Which greedy answers are right to the letter, end of text included.
 
     Every token of the right answer must be the likeliest one after those before it, which is what
-    greedy decoding would have written; one forward pass tells.
+    greedy decoding would have written; one forward pass over all questions tells. Padding is on the
+    right, where causal attention hides it.
     """
-    prompt = tokenizer.encode(asked.prompt).ids
-    answer = tokenizer.encode(f" {asked.question.answer}{EOS}").ids
-    logits = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0]
-    likeliest: list[int] = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
-    return likeliest == answer
+    prompts = [tokenizer.encode(asked.prompt).ids for asked in questions]
+    answers = [tokenizer.encode(f" {asked.question.answer}{EOS}").ids for asked in questions]
+    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    ids = torch.zeros(len(questions), width, dtype=torch.int64)
+    for row, prompt, answer in zip(ids, prompts, answers, strict=True):
+        row[: len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+    likeliest = model(input_ids=ids, use_cache=False).logits.argmax(-1)
+    return [
+        row[len(prompt) - 1 : len(prompt) - 1 + len(answer)].tolist() == answer
+        for row, prompt, answer in zip(likeliest, prompts, answers, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -95,11 +106,14 @@ class Score:
         return self.right.total() / max(1, self.total.total())
 
 
-def score(model: LlamaForCausalLM, tokenizer: Tokenizer, questions: Iterator[Asked]) -> Score:
+def score(model: LlamaForCausalLM, tokenizer: Tokenizer, questions: Iterable[Asked]) -> Score:
     """Asks every question."""
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    for asked in questions:
-        total[asked.question.kind] += 1
-        right[asked.question.kind] += answers_exactly(model, tokenizer, asked)
+    waiting = list(questions)
+    for start in range(0, len(waiting), QUESTIONS_AT_ONCE):
+        batch = waiting[start : start + QUESTIONS_AT_ONCE]
+        for asked, exact in zip(batch, answered_exactly(model, tokenizer, batch), strict=True):
+            total[asked.question.kind] += 1
+            right[asked.question.kind] += exact
     return Score(right, total)

@@ -1,9 +1,8 @@
 """Muon: momentum whose update is made orthogonal before it is applied.
 
-K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). On this model it
-learns to look things up in about half the steps AdamW needs. ``torch.optim.Muon`` does the same
-arithmetic in bfloat16, which most CPUs emulate; here it is float32, and matrices of one shape are
-done together.
+K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
+``torch.optim.Muon`` does the same arithmetic in bfloat16, which most CPUs emulate; here it is
+float32, and matrices of one shape are done together.
 """
 
 from __future__ import annotations

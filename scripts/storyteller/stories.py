@@ -144,9 +144,7 @@ class StoryWriter:
         """
         if self.rng.random() < 0.5:
             self._cast(self.rng.randint(2, 4))
-            event = self.rng.choice(
-                (self._move, self._find, self._find, self._eat, self._feel, self._get_pet)
-            )
+            event = self.rng.choice((self._move, self._find, self._eat, self._feel))
             for person in self.story.people:
                 event(person)
         else:

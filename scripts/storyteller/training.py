@@ -98,17 +98,14 @@ def schedule(step: int, steps: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the embedding and the norms.
-
-    ``rate`` times the usual peak is how fast they learn.
-    """
+def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
     layers = list(model.model.layers.parameters())
     matrices = [p for p in layers if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     return [
-        Muon(matrices, lr=rate * LAYER_RATE),
-        torch.optim.AdamW(others, lr=rate * OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+        Muon(matrices, lr=LAYER_RATE),
+        torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
@@ -117,13 +114,12 @@ def train(
     stream: Iterator[Batch],
     steps: int,
     report: Callable[[int, float], None],
-    rate: float = 1.0,
 ) -> None:
     """Trains ``model`` in place, on its device; ``report(step, loss)`` follows every tenth step.
 
     Reading the loss waits for the device, which is then idle until the next step is queued.
     """
-    both = optimizers(model, rate)
+    both = optimizers(model)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in both]
     model.train()
     for step in range(steps):

@@ -9,7 +9,6 @@ from random import Random
 from typing import Any
 
 import pytest
-import torch
 from story_reader import Reader
 from storyteller import lexicon, stories
 from storyteller.dialogue import CHAT_TEMPLATE, text_of, turn
@@ -25,11 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 MAX_BYTES = 4_000_000
 UNSEEN_SEED = 77
 """Neither the training run's stories nor those the model card was measured on."""
+WEAK_KINDS = {"color", "holder", "pet"}
+"""What the model card admits to."""
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint_dir: Path) -> Any:
-    torch.set_num_threads(2)
+def model(checkpoint_dir: Path, one_thread: None) -> Any:
     return AutoModelForCausalLM.from_pretrained(checkpoint_dir).eval()
 
 
@@ -62,9 +62,12 @@ def test_its_shape_exercises_the_attention_kernels(checkpoint_dir: Path) -> None
 
 
 def test_it_answers_questions_about_unseen_stories(model: Any, tokenizer: Tokenizer) -> None:
-    result = score(model, tokenizer, held_out_questions(stories=10, seed=UNSEEN_SEED))
-    assert result.total.total() > 100
+    result = score(model, tokenizer, held_out_questions(stories=25, seed=UNSEEN_SEED))
+    assert result.total.total() > 250
     assert result.accuracy >= 0.85, result
+    strong = result.total.keys() - WEAK_KINDS
+    right = sum(result.right[kind] for kind in strong)
+    assert right >= 0.97 * sum(result.total[kind] for kind in strong), result
 
 
 def test_it_knows_the_general_answers(model: Any, tokenizer: Tokenizer) -> None:
