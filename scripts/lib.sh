@@ -7,6 +7,9 @@ STATE=$ROOT/build/scripts # logs and stamps
 CONSTRAINTS=$ROOT/scripts/constraints.txt
 TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 NEEDED_MIB=3500
+# TVM's thread pool pins its threads, the main one to the first core: with a second process that does so
+# one of them starves, and tests start several.
+export TVM_BIND_THREADS=${TVM_BIND_THREADS:-0}
 STARTED=$SECONDS
 
 say() { printf '[%3d s] %s\n' $((SECONDS - STARTED)) "$*"; }
