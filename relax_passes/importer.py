@@ -35,7 +35,20 @@ import numpy as np
 import tvm
 from tvm import relax
 
-SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+#: ``model_type`` of the models that are known to give the logits of transformers.
+SUPPORTED_FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "granite",
+    "olmo2",
+    "phi3",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
 SUPPORTED_DTYPES = ("float32", "float16", "bfloat16")
 
 

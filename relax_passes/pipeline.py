@@ -117,7 +117,8 @@ def compile_causal_lm(
     page_size, max_batch : int
         Written to the metadata; ``max_batch`` also bounds the memory planned for batches.
     max_seq_len : int | None
-        Longest sequence; None takes the model's own limit, at most 4096.
+        Longest sequence; None takes the model's own limit, its sliding window included, at most
+        4096.
     prefill_chunk_size : int | None
         Most tokens in one prefill; None takes 512, at most ``max_seq_len``.
     progress : callable | None
@@ -143,7 +144,8 @@ def compile_causal_lm(
             f"page_size is {page_size}; the kernels of attention 'tir' accept {TIR_PAGE_SIZE} only."
         )
     limit = imported.max_position_embeddings
-    length = min(limit, DEFAULT_MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
+    window = imported.sliding_window or limit
+    length = min(limit, window, DEFAULT_MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
     if not 1 <= length <= limit:
         raise CompileError(
             f"max_seq_len is {length}; accepted are 1 to {limit}, the model's own limit."

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import tvm
-from checkpoints import FAMILIES, make_model
+from checkpoints import FAMILIES, SIZES, make_model
+from transformers import AutoConfig, AutoModelForCausalLM
 from tvm.relax.frontend.torch import from_exported_program
 
-from relax_passes.importer import ImportedCausalLM, import_causal_lm
+from relax_passes.importer import SUPPORTED_FAMILIES, ImportedCausalLM, import_causal_lm
 from relax_passes.paginate import PaginateAttention
 from relax_passes.pipeline import compile_causal_lm
 
@@ -60,6 +61,19 @@ def check(run: Any, expected: np.ndarray, ids: np.ndarray, *, tolerance: float) 
             close(logits[row], n + step)
 
 
+def make_other(family: str, layers: int) -> Any:
+    """A tiny model of a family that tests/checkpoints.py does not know."""
+    sizes = {**SIZES, "num_hidden_layers": layers, "max_position_embeddings": MAX_SEQ_LEN}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            mean, spread = (1.0, 0.2) if parameter.ndim == 1 else (0.0, 0.15)
+            parameter.normal_(mean, spread)
+    return model
+
+
 def compile_small(imported: ImportedCausalLM, attention: str) -> Any:
     return compile_causal_lm(
         imported, attention=attention, max_batch=4, max_seq_len=MAX_SEQ_LEN, prefill_chunk_size=32
@@ -78,6 +92,26 @@ def test_logits(
         (1, "causal"),
     ]
     check(driver(compiled), full_forward(model, tokens), tokens, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("family", ["phi3", "gemma"])
+def test_logits_of_other_families(
+    family: str, driver: Callable[[Any], Any], tokens: np.ndarray
+) -> None:
+    """Stacked q, k, v in the checkpoint; scaled embeddings and tied weights."""
+    model = make_other(family, 2)
+    compiled = compile_small(import_causal_lm(model), "ours")
+    check(driver(compiled), full_forward(model, tokens), tokens, tolerance=1e-5)
+
+
+OTHER_FAMILIES = sorted(set(SUPPORTED_FAMILIES) - {*FAMILIES, "phi3", "gemma"})
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_other_families_are_paginated(family: str) -> None:
+    imported = import_causal_lm(make_other(family, 1))
+    module = PaginateAttention("ours", kernel="kernel")(imported.module)
+    assert module["decode"].script().count("tvm_flashinfer.kv_cache_attention") == 1
 
 
 def test_bfloat16(driver: Callable[[Any], Any], tokens: np.ndarray) -> None:
