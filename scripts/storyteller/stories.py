@@ -140,13 +140,17 @@ class StoryWriter:
         """A few events and nothing around them, as somebody might type into a chat.
 
         Half of the snippets tell the same kind of event of several people, so that only a reader
-        who keeps people apart can answer.
+        who keeps people apart can answer; what they found may then go from hand to hand.
         """
         if self.rng.random() < 0.5:
             self._cast(self.rng.randint(2, 4))
-            event = self.rng.choice((self._move, self._find, self._eat, self._feel))
+            event = self.rng.choice(
+                (self._move, self._find, self._find, self._eat, self._feel, self._get_pet)
+            )
             for person in self.story.people:
                 event(person)
+            for _ in range(self.rng.randint(0, 3) if self.story.things else 0):
+                self._give(self.rng.choice([thing.holder for thing in self.story.things]))
         else:
             self._cast(2)
             for _ in range(self.rng.randint(1, 4)):
