@@ -211,7 +211,7 @@ class _Body:
             return self.emit.emit(
                 relax.op.strided_slice(x, [axis], [last], [signature.tokens], assume_inbound=True)
             )
-        return self.emit.emit(relax.op.take(x, self.inputs[1], axis=axis, mode="fast"))
+        return self.emit.emit(relax.op.take(x, self.inputs[1], axis=axis, mode="clip"))
 
     def _emit(self, var: Any) -> Any:
         axes = self.writer.axes
@@ -239,6 +239,9 @@ class _Body:
             if op_name(expr) == "strided_slice":
                 return self._slice(expr, late, count)
             args = [self._copy(a, late, count) for a in expr.args]
+            if op_name(expr) == "take" and expr.attrs.mode == "fast":
+                # An index out of range would read anywhere; "clip" costs a comparison.
+                return relax.op.take(*args, axis=expr.attrs.axis, mode="clip")
             return relax.Call(expr.op, args, expr.attrs, expr.ty_args)
         if isinstance(expr, relax.Tuple):
             return relax.Tuple([self._copy(f, late, count) for f in expr.fields])

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 MAX_BYTES = 4_000_000
 UNSEEN_SEED = 77
 """Neither the training run's stories nor those the model card was measured on."""
-WEAK_KINDS = {"color", "holder", "pet"}
+WEAK_KINDS = {"color"}
 """What the model card admits to."""
 
 
@@ -64,10 +64,10 @@ def test_its_shape_exercises_the_attention_kernels(checkpoint_dir: Path) -> None
 def test_it_answers_questions_about_unseen_stories(model: Any, tokenizer: Tokenizer) -> None:
     result = score(model, tokenizer, held_out_questions(stories=25, seed=UNSEEN_SEED))
     assert result.total.total() > 250
-    assert result.accuracy >= 0.85, result
+    assert result.accuracy >= 0.93, result
     strong = result.total.keys() - WEAK_KINDS
     right = sum(result.right[kind] for kind in strong)
-    assert right >= 0.97 * sum(result.total[kind] for kind in strong), result
+    assert right >= 0.99 * sum(result.total[kind] for kind in strong), result
 
 
 def test_it_knows_the_general_answers(model: Any, tokenizer: Tokenizer) -> None:
