@@ -17,7 +17,8 @@ using tvm::ffi::Tensor;
 //! Lengths and positions stay below this, so that sums of two fit an int32.
 constexpr int64_t kMaxPosition = int64_t{1} << 30;
 
-PlanBounds Derive(PlanBounds bounds, const BatchAttentionConfig& config, const CpuKernel& kernel) {
+PlanBounds Derive(PlanBounds bounds, const BatchAttentionConfig& config,
+                  const KernelTraits& kernel) {
   bounds.num_kv_heads = config.num_kv_heads;
   bounds.max_tile_tokens =
       std::max(1, kernel.row_tiles[1] / (config.num_qo_heads / config.num_kv_heads));

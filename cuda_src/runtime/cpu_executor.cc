@@ -14,20 +14,12 @@
 
 namespace tvm_flashinfer {
 
-KernelHandle::KernelHandle(tvm::ffi::Function factory) : factory_(std::move(factory)) {
-  table_ = static_cast<const CpuKernel*>(factory_().cast<void*>());
-  TVM_FLASHINFER_CHECK(table_->abi == kCpuKernelAbi, ValueError)
-      << "kernel was compiled for kernel interface " << table_->abi
-      << ", this libtvm_flashinfer has interface " << kCpuKernelAbi
-      << ": compile the model again, or install the tvm-flashinfer that compiled it";
-}
-
 void CpuExecutor::Free::operator()(void* p) const { std::free(p); }
 
 CpuExecutor::CpuExecutor(KernelHandle kernel, int32_t max_rows)
     : kernel_(std::move(kernel)), num_threads_(NumThreads()) {
   constexpr int64_t kPage = 4096;  // a page apart, threads share no cache line
-  scratch_stride_ = (kernel_->scratch_bytes(max_rows) + kPage - 1) / kPage * kPage;
+  scratch_stride_ = (kernel_.cpu().scratch_bytes(max_rows) + kPage - 1) / kPage * kPage;
   void* scratch = std::aligned_alloc(kPage, scratch_stride_ * num_threads_);
   if (scratch == nullptr) throw std::bad_alloc();
   scratch_.reset(static_cast<char*>(scratch));
@@ -69,14 +61,15 @@ void CpuExecutor::ParallelFor(int32_t count, const Fn& fn) const {
 }
 
 void CpuExecutor::Run(const AttentionParams& params) {
+  const CpuKernel& kernel = kernel_.cpu();
   const PlanHeader& plan = *params.plan.header;
   ParallelFor(plan.num_items, [&](int32_t thread, int32_t i) {
-    kernel_->run_item(&params, &params.plan.items[i], scratch_.get() + thread * scratch_stride_);
+    kernel.run_item(&params, &params.plan.items[i], scratch_.get() + thread * scratch_stride_);
   });
   if (plan.num_partials == 0) return;
   constexpr int32_t kTokens = 4;
   ParallelFor((plan.num_q_tokens + kTokens - 1) / kTokens, [&](int32_t, int32_t i) {
-    kernel_->merge(&params, i * kTokens, std::min((i + 1) * kTokens, plan.num_q_tokens));
+    kernel.merge(&params, i * kTokens, std::min((i + 1) * kTokens, plan.num_q_tokens));
   });
 }
 
@@ -84,7 +77,7 @@ void CpuExecutor::Append(const AppendParams& params, int32_t count) {
   // Below this, waking threads costs more than the copy.
   constexpr int32_t kTokens = 32;
   ParallelFor((count + kTokens - 1) / kTokens, [&](int32_t, int32_t i) {
-    kernel_->append(&params, i * kTokens, std::min((i + 1) * kTokens, count));
+    kernel_.cpu().append(&params, i * kTokens, std::min((i + 1) * kTokens, count));
   });
 }
 

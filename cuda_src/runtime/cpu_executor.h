@@ -5,32 +5,15 @@
 #ifndef TVM_FLASHINFER_RUNTIME_CPU_EXECUTOR_H_
 #define TVM_FLASHINFER_RUNTIME_CPU_EXECUTOR_H_
 
-#include <tvm/ffi/function.h>
 #include <tvm_flashinfer/cpu/kernel.h>
 #include <tvm_flashinfer/params.h>
 
 #include <cstdint>
 #include <memory>
 
+#include "kernel_handle.h"
+
 namespace tvm_flashinfer {
-
-/*!
- * \brief A kernel table and the library that holds it.
- *
- * A kernel library exports one function that returns the address of its table (see
- * tvm_flashinfer/jit.py); keeping the function keeps the library loaded.
- */
-class KernelHandle {
- public:
-  /*! \throws ValueError when `factory` was compiled for another version of this runtime. */
-  explicit KernelHandle(tvm::ffi::Function factory);
-  const CpuKernel* operator->() const { return table_; }
-  const CpuKernel& operator*() const { return *table_; }
-
- private:
-  tvm::ffi::Function factory_;
-  const CpuKernel* table_;
-};
 
 class CpuExecutor {
  public:

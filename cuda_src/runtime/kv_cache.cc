@@ -4,7 +4,6 @@
 #include "kv_cache.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "check.h"
@@ -14,28 +13,6 @@ namespace tvm_flashinfer {
 
 using tvm::ffi::Optional;
 
-PlanBounds KVCacheObj::PageBounds() const {
-  PlanBounds b;
-  b.max_requests = config_.max_batch;
-  b.max_q_tokens = config_.max_q_tokens();
-  // Sequences that share pages each list them: any one may span the whole pool.
-  b.max_kv_pages = static_cast<int32_t>(
-      std::min<int64_t>(int64_t{config_.max_batch} * config_.num_pages(), INT32_MAX / 2));
-  b.num_workers = CpuExecutor::NumThreads();
-  b.num_kv_heads = config_.num_kv_heads;
-  const int32_t group = config_.num_qo_heads / config_.num_kv_heads;
-  b.max_tile_tokens = std::max(1, kernel_->row_tiles[1] / group);
-  return b;
-}
-
-PlanBounds KVCacheObj::TokenBounds(int64_t num_blocks) const {
-  PlanBounds b = PageBounds();
-  b.max_levels = 2;
-  b.max_requests = config_.max_batch + config_.max_q_tokens();  // a row for each node of a tree
-  b.max_kv_pages = static_cast<int32_t>(num_blocks);
-  return b;
-}
-
 KVCacheObj::KVCacheObj(const KVCacheConfig& config, KernelHandle kernel, DLDataType dtype,
                        DLDevice device, std::optional<RopeConfig> rope)
     : config_(config),
@@ -43,10 +20,10 @@ KVCacheObj::KVCacheObj(const KVCacheConfig& config, KernelHandle kernel, DLDataT
       dtype_(dtype),
       device_(device),
       element_bytes_(dtype.bits / 8),
+      rotates_(rope.has_value()),
       pages_(config.num_pages(), config.page_size),
-      executor_(kernel, std::max(kernel->row_tiles[1], config.num_qo_heads / config.num_kv_heads)),
       layout_(config.page_size, int64_t{2} * config.num_kv_heads * config.page_size),
-      page_plan_(PageBounds(), config.num_qo_heads, config.head_dim_vo) {
+      runner_(StepRunner::Make(config, kernel, device, std::move(rope))) {
   const bool square = config.head_dim_qk == config.head_dim_vo;
   const int64_t heads = config.num_kv_heads;
   const int64_t k_page = heads * config.page_size * config.head_dim_qk;
@@ -64,19 +41,13 @@ KVCacheObj::KVCacheObj(const KVCacheConfig& config, KernelHandle kernel, DLDataT
     pool.v = pool.k + k_page * element_bytes_;
     layers_.push_back(std::move(pool));
   }
-  const int32_t max_tokens = config.max_q_tokens();
-  positions_ = Tensor::Empty({max_tokens}, {kDLInt, 32, 1}, device);
-  if (rope.has_value()) {
-    const DLDataType type = ToDLDataType(kernel_->q_type);
-    rotated_q_ = Tensor::Empty({max_tokens, config.num_qo_heads, config.head_dim_qk}, type, device);
-    rotated_k_ = Tensor::Empty({max_tokens, heads, config.head_dim_qk}, type, device);
-    rope_.emplace(*std::move(rope), max_tokens);
-  }
   requests_.reserve(config.max_batch);
   copies_.reserve(config.max_batch);
   page_indptr_.reserve(config.max_batch + 1);
-  page_ids_.reserve(page_plan_.bounds().max_kv_pages);
-  layout_.Reserve(config.max_batch, max_tokens, page_plan_.bounds().max_kv_pages);
+  const int64_t max_pages =
+      std::min<int64_t>(int64_t{config.max_batch} * config.num_pages(), INT32_MAX / 2);
+  page_ids_.reserve(max_pages);
+  layout_.Reserve(config.max_batch, config.max_q_tokens(), max_pages);
 }
 
 void KVCacheObj::UseSplitRotary(SplitRotary rotary) {
@@ -176,9 +147,7 @@ void KVCacheObj::BeginForward(const Shape& seq_ids, const Shape& append_lengths,
   pages_.Commit(requests_, &copies_);
   for (size_t i = 0; i < trees_.size(); ++i) requests_[i].sequence->tree = std::move(trees_[i]);
   CopyPages();
-  std::copy(layout_.positions().begin(), layout_.positions().end(),
-            static_cast<int32_t*>(DataOf(*positions_.operator->())));
-  if (rope_.has_value()) rope_->Prepare(layout_.positions().data(), layout_.num_tokens());
+  runner_->Begin(layout_);
   in_forward_ = true;
 }
 
@@ -221,31 +190,15 @@ void KVCacheObj::Schedule() {
     TVM_FLASHINFER_CHECK(std::max(blocks, largest) <= INT32_MAX / 2, ValueError)
         << "a step with token trees or slid windows lists " << blocks << " tokens of a pool with "
         << largest << " rows, it can number at most " << INT32_MAX / 2;
-    if (token_plan_ == nullptr || token_plan_->bounds().max_kv_pages < blocks) {
-      int64_t bound = 4096;
-      while (bound < blocks) bound *= 2;
-      token_plan_ =
-          std::make_unique<StepPlan>(TokenBounds(bound), config_.num_qo_heads, config_.head_dim_vo);
-    }
   }
-  StepPlan* plan = layout_.by_token() ? token_plan_.get() : &page_plan_;
-  ScheduleInput in;
-  layout_.Describe(&in);
-  in.causal = kernel_->causal != 0;
-  in.group = config_.num_qo_heads / config_.num_kv_heads;
-  in.tile_tokens =
-      ChooseTileTokens(layout_.num_tokens(), in.num_requests, in.group, kernel_->row_tiles, 2);
-  in.kv_align = kernel_->kv_align;
-  in.shared_queue = true;
-  plan->Make(in);
-  plan_ = plan;
+  runner_->Plan(&layout_);
 }
 
 void KVCacheObj::CopyPages() {
   const int64_t page_bytes = k_strides_.page * element_bytes_;
   for (const PageCopy& copy : copies_) {
     for (LayerPool& layer : layers_) {
-      std::memcpy(layer.k + copy.to * page_bytes, layer.k + copy.from * page_bytes, page_bytes);
+      runner_->Copy(layer.k + copy.to * page_bytes, layer.k + copy.from * page_bytes, page_bytes);
     }
   }
 }
@@ -261,7 +214,9 @@ void KVCacheObj::EndForward() {
 Tensor KVCacheObj::GetQueryPositions() {
   TVM_FLASHINFER_CHECK(in_forward_, RuntimeError)
       << "query positions exist between begin_forward and end_forward only";
-  return positions_.CreateView({layout_.num_tokens()}, {kDLInt, 32, 1});
+  return runner_->Positions().CreateView({layout_.num_tokens()}, {kDLInt, 32, 1});
 }
+
+int64_t KVCacheObj::GraphKey() const { return runner_->GraphKey(); }
 
 }  // namespace tvm_flashinfer

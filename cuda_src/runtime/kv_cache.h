@@ -11,43 +11,23 @@
 #include <tvm/runtime/tensor.h>
 #include <vm/kv_state.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <vector>
 
-#include "cpu_executor.h"
+#include "kernel_handle.h"
+#include "kv_cache_config.h"
 #include "page_table.h"
 #include "rope.h"
 #include "step_layout.h"
-#include "step_plan.h"
+#include "step_runner.h"
 #include "token_heads.h"
 
 namespace tvm_flashinfer {
 
 using tvm::ffi::Shape;
 using tvm::runtime::Tensor;
-
-/*! \brief Bounds and dimensions of a cache. */
-struct KVCacheConfig {
-  int32_t max_batch;
-  int32_t max_total_seq_len;  //!< tokens the pool holds
-  int32_t prefill_chunk;      //!< most query tokens of one step
-  int32_t page_size;
-  bool sliding_window;             //!< sequences may have a window
-  int32_t layer_begin, layer_end;  //!< this cache's layers: a pipeline stage holds a range
-  int32_t num_qo_heads, num_kv_heads;
-  int32_t head_dim_qk, head_dim_vo;
-
-  int32_t num_layers() const { return layer_end - layer_begin; }
-  /*! A slid window starts and ends within a page: two more pages a sequence. */
-  int32_t num_pages() const {
-    return (max_total_seq_len + page_size - 1) / page_size + (sliding_window ? 2 * max_batch : 0);
-  }
-  //! A decode step has a token per sequence, whatever the prefill chunk.
-  int32_t max_q_tokens() const { return std::max(prefill_chunk, max_batch); }
-};
 
 /*!
  * \brief Rotation by a compiled model's own function, as TVM's cache calls it: with (qkv,
@@ -108,6 +88,12 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   void Attention(int64_t layer_id, double sm_scale, const DLTensor& q, const DLTensor& k,
                  const DLTensor& v, const DLTensor& o, bool head_major);
 
+  /*!
+   * \brief What a captured step depends on besides tensors: a CUDA graph captured in one step may
+   * be replayed in another whose key is equal.
+   */
+  int64_t GraphKey() const;
+
   // Inspection.
   void DebugGetKV(int64_t seq_id, int64_t start_pos, int64_t end_pos, Tensor k_data,
                   Tensor v_data) final;
@@ -149,9 +135,6 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
     std::vector<bool> done;  //!< [layer]
   };
 
-  PlanBounds PageBounds() const;
-  PlanBounds TokenBounds(int64_t num_blocks) const;
-
   void CheckIdle(const char* what) const;
   int32_t CheckStep(int64_t layer_id) const;
   void ReadRequests(const Shape& seq_ids, const Shape& append_lengths);
@@ -161,8 +144,7 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   void CopyPages();
   void CopyToken(int64_t from_slot, int64_t to_slot);
 
-  void Rotate(TokenHeads* q, TokenHeads* k);
-  void Append(int32_t layer, TokenHeads k, TokenHeads v);
+  void Append(int32_t layer, TokenHeads* q, TokenHeads k, TokenHeads v);
   void Attend(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o);
 
   template <typename Copy>
@@ -184,14 +166,13 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   DLDataType dtype_;
   DLDevice device_;
   int32_t element_bytes_;
+  bool rotates_;  //!< new queries and keys, before they are stored
   KVStrides k_strides_, v_strides_;
   std::vector<LayerPool> layers_;
   PageTable pages_;
-  CpuExecutor executor_;
 
-  std::optional<Rope> rope_;
   std::optional<SplitRotary> split_rotary_;
-  Tensor rotated_q_, rotated_k_, split_v_;  //!< [max_q_tokens, heads, dim], where something rotates
+  Tensor rotated_q_, rotated_k_, split_v_;  //!< [max_q_tokens, heads, dim], of split_rotary_
 
   std::optional<Import> import_;
 
@@ -202,10 +183,7 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   std::vector<int32_t> page_indptr_, page_ids_;
   std::vector<PageCopy> copies_;
   StepLayout layout_;
-  StepPlan page_plan_;
-  std::unique_ptr<StepPlan> token_plan_;  //!< of layouts by token; made, and grown, on demand
-  StepPlan* plan_ = nullptr;              //!< the one in use
-  Tensor positions_;
+  std::unique_ptr<StepRunner> runner_;
 };
 
 }  // namespace tvm_flashinfer

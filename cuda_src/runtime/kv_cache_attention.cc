@@ -51,17 +51,17 @@ void KVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Option
     const auto operand = [&](const Tensor& t, int64_t n) {
       return TokenHeads{DataOf(*t.operator->()), n * dim, dim};
     };
-    Append(layer, operand(k, config_.num_kv_heads), operand(v, config_.num_kv_heads));
-    Attend(layer, sm_scale, operand(q, config_.num_qo_heads), o);
+    TokenHeads rotated = operand(q, config_.num_qo_heads);
+    Append(layer, &rotated, operand(k, config_.num_kv_heads), operand(v, config_.num_kv_heads));
+    Attend(layer, sm_scale, rotated, o);
     return;
   }
   char* data = static_cast<char*>(DataOf(*qkv_data.operator->()));
   const auto head = [&](int64_t first) {
     return TokenHeads{data + first * dim * (type.bits / 8), heads * dim, dim};
   };
-  TokenHeads q = head(0), k = head(config_.num_qo_heads);
-  Rotate(&q, &k);
-  Append(layer, k, head(config_.num_qo_heads + config_.num_kv_heads));
+  TokenHeads q = head(0);
+  Append(layer, &q, head(config_.num_qo_heads), head(config_.num_qo_heads + config_.num_kv_heads));
   Attend(layer, sm_scale, q, o);
 }
 
@@ -83,11 +83,10 @@ void KVCacheObj::Attention(int64_t layer_id, double sm_scale, const DLTensor& q,
     return {DataOf(t), heads * dim, dim};
   };
   TokenHeads q_in = operand("q", q, config_.num_qo_heads, config_.head_dim_qk, head_major);
-  TokenHeads k_in = operand("k", k, config_.num_kv_heads, config_.head_dim_qk, head_major);
+  const TokenHeads k_in = operand("k", k, config_.num_kv_heads, config_.head_dim_qk, head_major);
   const TokenHeads v_in = operand("v", v, config_.num_kv_heads, config_.head_dim_vo, head_major);
   const TokenHeads out = operand("o", o, config_.num_qo_heads, config_.head_dim_vo, false);
-  Rotate(&q_in, &k_in);
-  Append(layer, k_in, v_in);
+  Append(layer, &q_in, k_in, v_in);
   Attend(layer, sm_scale, q_in, out);
 }
 
@@ -119,34 +118,8 @@ tvm::ffi::Array<Tensor> KVCacheObj::MergeAttnOutputInplace(Tensor o_self_attn, T
   return {o_self_attn, lse_self_attn};
 }
 
-void KVCacheObj::Rotate(TokenHeads* q, TokenHeads* k) {
-  if (!rope_.has_value()) return;
-  const int64_t dim = config_.head_dim_qk;
-  const auto rotate = [&](TokenHeads* operand, const Tensor& to, int32_t heads) {
-    const TokenHeads rotated{DataOf(*to.operator->()), heads * dim, dim};
-    rope_->Rotate(kernel_->q_type, *operand, rotated, heads, config_.head_dim_qk);
-    *operand = rotated;
-  };
-  rotate(q, rotated_q_, config_.num_qo_heads);
-  rotate(k, rotated_k_, config_.num_kv_heads);
-}
-
-void KVCacheObj::Append(int32_t layer, TokenHeads k, TokenHeads v) {
-  const auto append = [&](TokenHeads source, char* pool, const KVStrides& strides, int32_t dim) {
-    AppendParams params;
-    params.source = source.data;
-    params.source_token_stride = source.token_stride;
-    params.source_head_stride = source.head_stride;
-    params.pool = pool;
-    params.strides = strides;
-    params.slots = layout_.slots().data();
-    params.page_size = config_.page_size;
-    params.num_heads = config_.num_kv_heads;
-    params.dim = dim;
-    executor_.Append(params, layout_.num_tokens());
-  };
-  append(k, layers_[layer].k, k_strides_, config_.head_dim_qk);
-  append(v, layers_[layer].v, v_strides_, config_.head_dim_vo);
+void KVCacheObj::Append(int32_t layer, TokenHeads* q, TokenHeads k, TokenHeads v) {
+  runner_->Append({layers_[layer].k, layers_[layer].v, k_strides_, v_strides_}, q, k, v);
 }
 
 void KVCacheObj::Attend(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o) {
@@ -172,8 +145,7 @@ void KVCacheObj::Attend(int32_t layer, double sm_scale, TokenHeads q, TokenHeads
   params.num_qo_heads = config_.num_qo_heads;
   params.num_kv_heads = config_.num_kv_heads;
   params.sm_scale = static_cast<float>(sm_scale);
-  plan_->Describe(&params);
-  executor_.Run(params);
+  runner_->Attend(&params);
 }
 
 }  // namespace tvm_flashinfer

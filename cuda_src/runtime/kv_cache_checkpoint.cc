@@ -8,7 +8,6 @@
 #include <tvm/ffi/extra/json.h>
 
 #include <cstdio>
-#include <cstring>
 #include <string>
 #include <utility>
 
@@ -58,7 +57,7 @@ json::Object KVCacheObj::LayoutMetadata() const {
   layout.Set(String("qk_head_dim"), int64_t{config_.head_dim_qk});
   layout.Set(String("v_head_dim"), int64_t{config_.head_dim_vo});
   layout.Set(String("dtype"), String(tvm::ffi::DLDataTypeToString(dtype_)));
-  layout.Set(String("rotates"), rope_.has_value() || split_rotary_.has_value());
+  layout.Set(String("rotates"), rotates_ || split_rotary_.has_value());
   layout.Set(String("page_group_layout"),
              String("1,num_logical_pages,2,num_kv_heads,page_size,qk_head_dim"));
   return layout;
@@ -148,12 +147,13 @@ void KVCacheObj::ExportPageGroup(int64_t seq_id, int64_t group_id, Tensor dst) {
       dst->shape[1] == LogicalPages(sequence) && dst->dtype == dtype_) {
     // The unused end of the last page holds zeros: equal sequences give equal bytes.
     const int64_t page_bytes = k_strides_.page * element_bytes_;
-    std::memset(
+    const std::vector<char> zeros(page_bytes, 0);
+    runner_->Copy(
         static_cast<char*>(DataOf(*dst.operator->())) + (LogicalPages(sequence) - 1) * page_bytes,
-        0, page_bytes);
+        zeros.data(), page_bytes);
   }
-  ForEachGroupRow(sequence, group_id, dst, [](const char* pool, char* row, int64_t bytes) {
-    std::memcpy(row, pool, bytes);
+  ForEachGroupRow(sequence, group_id, dst, [&](const char* pool, char* row, int64_t bytes) {
+    runner_->Copy(row, pool, bytes);
   });
 }
 
@@ -206,7 +206,7 @@ void KVCacheObj::ImportPageGroup(int64_t seq_id, int64_t group_id, Tensor src) {
   Import* import = CheckImport(seq_id, "import_page_group");
   ForEachGroupRow(
       *pages_.Find(seq_id), group_id, src,
-      [](char* pool, const char* row, int64_t bytes) { std::memcpy(pool, row, bytes); });
+      [&](char* pool, const char* row, int64_t bytes) { runner_->Copy(pool, row, bytes); });
   import->done[group_id] = true;
 }
 

@@ -1,8 +1,6 @@
 // Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
 //
 // Keys and values of a sequence, read and written by the caller.
-#include <cstring>
-
 #include "check.h"
 #include "kv_cache.h"
 #include "tensor_view.h"
@@ -47,7 +45,7 @@ void KVCacheObj::DebugGetKV(int64_t seq_id, int64_t start_pos, int64_t end_pos, 
   char* k = static_cast<char*>(DataOf(*k_data.operator->()));
   char* v = static_cast<char*>(DataOf(*v_data.operator->()));
   ForEachRow(seq_id, start_pos, end_pos, [&](char* row, int64_t at, int64_t bytes, bool is_k) {
-    std::memcpy((is_k ? k : v) + at, row, bytes);
+    runner_->Copy((is_k ? k : v) + at, row, bytes);
   });
 }
 
@@ -61,7 +59,7 @@ void KVCacheObj::DebugSetKV(int64_t seq_id, int64_t start_pos, Tensor k_data, Te
   const char* v = static_cast<const char*>(DataOf(*v_data.operator->()));
   ForEachRow(seq_id, start_pos, start_pos + length,
              [&](char* row, int64_t at, int64_t bytes, bool is_k) {
-               std::memcpy(row, (is_k ? k : v) + at, bytes);
+               runner_->Copy(row, (is_k ? k : v) + at, bytes);
              });
 }
 

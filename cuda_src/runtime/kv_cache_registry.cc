@@ -74,9 +74,10 @@ struct Creation {
   }
 
   void CheckKernel() const {
-    TVM_FLASHINFER_CHECK(init->device.device_type == kDLCPU, NotImplementedError)
+    TVM_FLASHINFER_CHECK(init->device.device_type == kernel.device_type(), ValueError)
         << "argument `init` is on device type " << static_cast<int>(init->device.device_type)
-        << ": this build runs KV caches on the CPU";
+        << ", argument `kernel` was compiled for device type "
+        << static_cast<int>(kernel.device_type());
     const auto check = [](const char* what, const std::string& compiled, const std::string& asked) {
       TVM_FLASHINFER_CHECK(compiled == asked, ValueError)
           << "argument `kernel` was compiled for " << what << " " << compiled
@@ -147,6 +148,14 @@ void KVCacheAttention(AttentionKVCache cache, int64_t layer_id, double sm_scale,
                          *o.operator->(), kHeadMajor);
 }
 
+/*!
+ * \brief As vm.builtin.attention_kv_cache_get_query_positions, which Relax's graph capture excludes
+ * by its name.
+ */
+Tensor QueryPositions(AttentionKVCache cache) { return Ours(cache)->GetQueryPositions(); }
+
+int64_t GraphKey(AttentionKVCache cache) { return Ours(cache)->GraphKey(); }
+
 void DebugSetKV(AttentionKVCache cache, int64_t seq_id, int64_t start_pos, Tensor k, Tensor v) {
   Ours(cache)->DebugSetKV(seq_id, start_pos, k, v);
 }
@@ -158,6 +167,8 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("tvm_flashinfer.kv_cache_create_split_rotary", CreateKVCacheSplitRotary)
       .def("tvm_flashinfer.kv_cache_attention", KVCacheAttention<false>)
       .def("tvm_flashinfer.kv_cache_attention_bhsd", KVCacheAttention<true>)
+      .def("tvm_flashinfer.kv_cache_query_positions", QueryPositions)
+      .def("tvm_flashinfer.kv_cache_graph_key", GraphKey)
       .def("tvm_flashinfer.kv_cache_debug_set_kv", DebugSetKV);
 }
 

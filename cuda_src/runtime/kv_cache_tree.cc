@@ -2,7 +2,6 @@
 //
 // Token trees: several drafts of a sequence's next tokens, attended in one step, of which one path
 // is then kept.
-#include <cstring>
 
 #include "check.h"
 #include "kv_cache.h"
@@ -81,7 +80,7 @@ void KVCacheObj::CopyToken(int64_t from_slot, int64_t to_slot) {
       return pool + element * element_bytes_;
     };
     for (int64_t head = 0; head < config_.num_kv_heads; ++head) {
-      std::memcpy(at(to_slot, head), at(from_slot, head), s.token * element_bytes_);
+      runner_->Copy(at(to_slot, head), at(from_slot, head), s.token * element_bytes_);
     }
   };
   for (LayerPool& layer : layers_) {

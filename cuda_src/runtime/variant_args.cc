@@ -81,7 +81,7 @@ VariantArg BindTensor(const VariantParam& param, const Any& value) {
 
 }  // namespace
 
-void BoundVariantArgs::Bind(const CpuKernel& kernel, const Array<Any>& values) {
+void BoundVariantArgs::Bind(const KernelTraits& kernel, const Array<Any>& values) {
   TVM_FLASHINFER_CHECK(static_cast<int64_t>(values.size()) == kernel.num_params, ValueError)
       << "argument `params` has " << values.size() << " values, the variant declares "
       << kernel.num_params;
@@ -94,7 +94,7 @@ void BoundVariantArgs::Bind(const CpuKernel& kernel, const Array<Any>& values) {
   values_ = values;
 }
 
-const VariantArgs* BoundVariantArgs::Get(const CpuKernel& kernel,
+const VariantArgs* BoundVariantArgs::Get(const KernelTraits& kernel,
                                          const ElementIndex<Interval>& at) const {
   TVM_FLASHINFER_CHECK(static_cast<int64_t>(values_.size()) == kernel.num_params, ValueError)
       << "the variant's parameters are not set: it declares " << kernel.num_params

@@ -19,13 +19,13 @@ class BoundVariantArgs {
    * \param values One per parameter the kernel declares: a number, or a contiguous CPU tensor.
    * \throws ValueError, TypeError naming the parameter; the old ones stay.
    */
-  void Bind(const CpuKernel& kernel, const tvm::ffi::Array<tvm::ffi::Any>& values);
+  void Bind(const KernelTraits& kernel, const tvm::ffi::Array<tvm::ffi::Any>& values);
 
   /*!
    * \param at Where the elements of the run lie.
    * \throws ValueError unless every parameter is bound, and every tensor covers `at`.
    */
-  const VariantArgs* Get(const CpuKernel& kernel, const ElementIndex<Interval>& at) const;
+  const VariantArgs* Get(const KernelTraits& kernel, const ElementIndex<Interval>& at) const;
 
  private:
   VariantArgs args_{};

@@ -113,7 +113,15 @@ inline void MmaM16N8K16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint
 
 template <typename T>
 inline uint32_t Pack2(float lo, float hi) {
-  return FromFloat<T>(lo).bits | static_cast<uint32_t>(FromFloat<T>(hi).bits) << 16;
+  return ::tvm_flashinfer::FromFloat<T>(lo).bits |
+         static_cast<uint32_t>(::tvm_flashinfer::FromFloat<T>(hi).bits) << 16;
+}
+
+inline float ToFloat(BFloat16 x) { return ::tvm_flashinfer::ToFloat(x); }
+inline float ToFloat(Float16 x) { return ::tvm_flashinfer::ToFloat(x); }
+template <typename T>
+inline T FromFloat(float x) {
+  return ::tvm_flashinfer::FromFloat<T>(x);
 }
 
 inline float Exp2(float x) { return std::exp2(x); }

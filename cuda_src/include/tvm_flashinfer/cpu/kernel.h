@@ -8,17 +8,12 @@
 
 #include <cstdint>
 
-#include "../interval.h"
-#include "../params.h"
-#include "../variant.h"
+#include "../kernel_traits.h"
 
 namespace tvm_flashinfer {
 
 //! Changes with the layout of anything a kernel shares with the runtime.
 inline constexpr int32_t kCpuKernelAbi = 2;
-
-/*! \brief Element types a kernel may be compiled for; values are part of the ABI. */
-enum class ElementType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 /*! \brief New keys or values, and where in the pool they go. */
 struct AppendParams {
@@ -32,19 +27,7 @@ struct AppendParams {
   int32_t dim;
 };
 
-struct CpuKernel {
-  int32_t abi;
-  ElementType q_type;   //!< of queries, new keys and values, and outputs
-  ElementType kv_type;  //!< of the KV pool
-  int32_t head_dim_qk;
-  int32_t head_dim_vo;
-  int32_t num_params;          //!< parameters of the variant, passed to a run as VariantArgs
-  const VariantParam* params;  //!< [num_params]
-  int32_t causal;              //!< the variant hides keys after the query: the scheduler skips them
-  int32_t row_tiles[2];        //!< packed rows of the decode and of the prefill tile
-  int32_t kv_align;
-  /*! \brief Index of a parameter that elements in `at` may read past its end, or -1. */
-  int32_t (*out_of_bounds_param)(const VariantArgs* args, const ElementIndex<Interval>* at);
+struct CpuKernel : KernelTraits {
   int64_t (*scratch_bytes)(int32_t max_rows);
   /*! \brief Compute one work item. `scratch` is 64-byte aligned and the caller's alone. */
   void (*run_item)(const AttentionParams* params, const WorkItem* item, void* scratch);

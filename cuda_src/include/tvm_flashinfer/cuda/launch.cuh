@@ -37,6 +37,28 @@ inline const char* CheckParams(const AttentionParams& p) {
   return nullptr;
 }
 
+#if !defined(TVM_FLASHINFER_CUDA_EMULATION)
+/*! \brief Launch a kernel that may start while the launch before it ends, where the GPU can. */
+template <typename... Params, typename... Args>
+cudaError_t LaunchOverlapping(void (*kernel)(Params...), int blocks, int threads, int shared_bytes,
+                              cudaStream_t stream, const Args&... args) {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+#endif
+
 /*!
  * \brief One compiled instance of the kernel.
  *
@@ -73,21 +95,9 @@ struct __attribute__((visibility("hidden"))) AttentionInstance {
   static cudaError_t Launch(const AttentionParams& p, int num_workers, cudaStream_t stream) {
     const cudaError_t error = Prepare();
     if (error != cudaSuccess) return error;
-    int device = 0, major = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaLaunchAttribute overlap;
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(num_workers);
-    config.blockDim = dim3(C::kThreads);
-    config.dynamicSmemBytes = C::kSharedBytes;
-    config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = major >= 9 ? 1 : 0;
-    return cudaLaunchKernelEx(&config, AttentionKernel<C, Variant>, p,
-                              *static_cast<const typename Variant::Params*>(p.variant_params));
+    return LaunchOverlapping(AttentionKernel<C, Variant>, num_workers, C::kThreads, C::kSharedBytes,
+                             stream, p,
+                             *static_cast<const typename Variant::Params*>(p.variant_params));
   }
 #else
   static void Emulate(const AttentionParams& p, int num_workers, bool reversed) {

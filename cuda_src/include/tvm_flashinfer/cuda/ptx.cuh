@@ -117,6 +117,28 @@ __device__ __forceinline__ void MmaM16N8K16(float (&c)[4], const uint32_t (&a)[4
   }
 }
 
+/*! \brief A 16-bit element as float32. */
+__device__ __forceinline__ float ToFloat(BFloat16 x) {
+  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
+}
+__device__ __forceinline__ float ToFloat(Float16 x) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+}
+
+/*! \brief Round to a 16-bit element, to nearest even. */
+template <typename T>
+__device__ __forceinline__ T FromFloat(float x) {
+  T narrow;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(x));
+  } else {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(x));
+  }
+  return narrow;
+}
+
 /*! \brief Round two floats to nearest even and pack them, `lo` in the lower half. */
 template <typename T>
 __device__ __forceinline__ uint32_t Pack2(float lo, float hi) {

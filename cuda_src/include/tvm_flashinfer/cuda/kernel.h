@@ -1,0 +1,65 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// The interface between a compiled CUDA kernel and the runtime: a table of plain C functions. All
+// calls into CUDA go through it, so the runtime itself needs no CUDA to be built or loaded, and a
+// host compiler can make a table that runs on the emulator.
+#ifndef TVM_FLASHINFER_CUDA_KERNEL_H_
+#define TVM_FLASHINFER_CUDA_KERNEL_H_
+
+#include <cstdint>
+
+#include "../kernel_traits.h"
+
+namespace tvm_flashinfer {
+
+//! Never that of a CPU table.
+inline constexpr int32_t kCudaKernelAbi = 0x1001;
+
+/*!
+ * \brief The new tokens of a layer: queries and keys are rotated, keys and values stored.
+ *
+ * Pointers are device pointers; strides are in elements, heads are contiguous.
+ */
+struct CudaAppendParams {
+  const void *q, *k, *v;
+  int64_t q_token_stride, q_head_stride;
+  int64_t k_token_stride, k_head_stride;
+  int64_t v_token_stride, v_head_stride;
+  void* rotated_q;  //!< [token, query head, head_dim_qk]; null: nothing is rotated
+  void *k_pool, *v_pool;
+  KVStrides k_strides, v_strides;
+  const int64_t* slots;      //!< [token] page * page_size + slot; negative: drop
+  const int32_t* positions;  //!< [token]
+  const float* frequencies;  //!< [rotary_dim / 2]: radians per position
+  float magnitude;
+  int32_t rotary_dim;
+  int32_t interleaved;  //!< pairs are (2i, 2i + 1); else (i, i + rotary_dim / 2)
+  int32_t num_qo_heads, num_kv_heads;
+  int32_t page_size;
+};
+
+/*! \brief Functions return null, or what went wrong. Streams are cudaStream_t. */
+struct CudaKernel : KernelTraits {
+  int32_t device_type;  //!< DLPack's: CUDA, or CPU where the table runs on the emulator
+  int32_t num_tiles;
+  int32_t tiles[4];  //!< packed rows of the query tiles it was compiled for, ascending
+  /*! \brief Blocks of a tile's kernel that are resident at once on the current device. */
+  const char* (*num_workers)(int32_t tile_rows, int32_t* blocks);
+  const char* (*run)(const AttentionParams* params, int32_t tile_rows, int32_t num_workers,
+                     void* stream);
+  const char* (*append)(const CudaAppendParams* params, int32_t num_tokens, void* stream);
+  /*! \brief Copy in any direction, in the stream's order. */
+  const char* (*copy)(void* to, const void* from, int64_t bytes, void* stream);
+  /*! \brief Page-locked host memory. */
+  const char* (*host_alloc)(void** memory, int64_t bytes);
+  void (*host_free)(void* memory);
+  /*! \brief An event marks a place in a stream; `event_wait` blocks the host until it is passed. */
+  const char* (*event_create)(void** event);
+  const char* (*event_record)(void* event, void* stream);
+  const char* (*event_wait)(void* event);
+  void (*event_destroy)(void* event);
+};
+
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_CUDA_KERNEL_H_

@@ -1,0 +1,106 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+#include "cpu_step_runner.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "cuda_step_runner.h"
+#include "tensor_view.h"
+
+namespace tvm_flashinfer {
+
+using tvm::runtime::Tensor;
+
+std::unique_ptr<StepRunner> StepRunner::Make(const KVCacheConfig& config, KernelHandle kernel,
+                                             DLDevice device, std::optional<RopeConfig> rope) {
+  if (kernel.is_cuda()) {
+    return std::make_unique<CudaStepRunner>(config, std::move(kernel), device, std::move(rope));
+  }
+  return std::make_unique<CpuStepRunner>(config, std::move(kernel), std::move(rope));
+}
+
+PlanBounds CpuStepRunner::WithWorkers(PlanBounds bounds) const {
+  bounds.num_workers = CpuExecutor::NumThreads();
+  return bounds;
+}
+
+CpuStepRunner::CpuStepRunner(const KVCacheConfig& config, KernelHandle kernel,
+                             std::optional<RopeConfig> rope)
+    : StepRunner(config, kernel),
+      executor_(kernel, std::max(kernel->row_tiles[1], config.num_qo_heads / config.num_kv_heads)),
+      page_plan_(WithWorkers(PageBounds()), config.num_qo_heads, config.head_dim_vo) {
+  const DLDevice cpu{kDLCPU, 0};
+  const int32_t max_tokens = config.max_q_tokens();
+  positions_ = Tensor::Empty({max_tokens}, {kDLInt, 32, 1}, cpu);
+  if (rope.has_value()) {
+    const DLDataType type = ToDLDataType(kernel->q_type);
+    const int64_t dim = config.head_dim_qk;
+    rotated_q_ = Tensor::Empty({max_tokens, config.num_qo_heads, dim}, type, cpu);
+    rotated_k_ = Tensor::Empty({max_tokens, config.num_kv_heads, dim}, type, cpu);
+    rope_.emplace(*std::move(rope), max_tokens);
+  }
+}
+
+void CpuStepRunner::Plan(StepLayout* layout) {
+  if (layout->by_token()) {
+    const int64_t blocks = layout->num_blocks();
+    if (token_plan_ == nullptr || token_plan_->bounds().max_kv_pages < blocks) {
+      token_plan_ = std::make_unique<StepPlan>(WithWorkers(TokenBounds(blocks)),
+                                               config_.num_qo_heads, config_.head_dim_vo);
+    }
+  }
+  StepPlan* plan = layout->by_token() ? token_plan_.get() : &page_plan_;
+  ScheduleInput in = Describe(layout);
+  in.tile_tokens =
+      ChooseTileTokens(layout->num_tokens(), in.num_requests, in.group, kernel_->row_tiles, 2);
+  in.shared_queue = true;
+  plan->Make(in);
+  plan_ = plan;
+}
+
+void CpuStepRunner::Begin(const StepLayout& layout) {
+  layout_ = &layout;
+  std::copy(layout.positions().begin(), layout.positions().end(),
+            static_cast<int32_t*>(DataOf(*positions_.operator->())));
+  if (rope_.has_value()) rope_->Prepare(layout.positions().data(), layout.num_tokens());
+}
+
+void CpuStepRunner::Append(const PoolView& pool, TokenHeads* q, TokenHeads k, TokenHeads v) {
+  if (rope_.has_value()) {
+    const int64_t dim = config_.head_dim_qk;
+    const auto rotate = [&](TokenHeads* operand, const Tensor& to, int32_t heads) {
+      const TokenHeads rotated{DataOf(*to.operator->()), heads * dim, dim};
+      rope_->Rotate(kernel_->q_type, *operand, rotated, heads, config_.head_dim_qk);
+      *operand = rotated;
+    };
+    rotate(q, rotated_q_, config_.num_qo_heads);
+    rotate(&k, rotated_k_, config_.num_kv_heads);
+  }
+  const auto append = [&](TokenHeads source, char* to, const KVStrides& strides, int32_t dim) {
+    AppendParams params;
+    params.source = source.data;
+    params.source_token_stride = source.token_stride;
+    params.source_head_stride = source.head_stride;
+    params.pool = to;
+    params.strides = strides;
+    params.slots = layout_->slots().data();
+    params.page_size = config_.page_size;
+    params.num_heads = config_.num_kv_heads;
+    params.dim = dim;
+    executor_.Append(params, layout_->num_tokens());
+  };
+  append(k, pool.k, pool.k_strides, config_.head_dim_qk);
+  append(v, pool.v, pool.v_strides, config_.head_dim_vo);
+}
+
+void CpuStepRunner::Attend(AttentionParams* params) {
+  plan_->Describe(params);
+  executor_.Run(*params);
+}
+
+void CpuStepRunner::Copy(void* to, const void* from, int64_t bytes) {
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+}  // namespace tvm_flashinfer

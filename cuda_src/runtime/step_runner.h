@@ -1,0 +1,98 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// Plans the steps of a KV cache and runs their layers, where the cache lives.
+#ifndef TVM_FLASHINFER_RUNTIME_STEP_RUNNER_H_
+#define TVM_FLASHINFER_RUNTIME_STEP_RUNNER_H_
+
+#include <tvm/runtime/tensor.h>
+#include <tvm_flashinfer/params.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+#include "kernel_handle.h"
+#include "kv_cache_config.h"
+#include "rope.h"
+#include "step_layout.h"
+#include "token_heads.h"
+
+namespace tvm_flashinfer {
+
+/*! \brief Keys and values of one layer. */
+struct PoolView {
+  char* k;
+  char* v;
+  KVStrides k_strides, v_strides;
+};
+
+class StepRunner {
+ public:
+  virtual ~StepRunner() = default;
+
+  /*! \brief The runner of a kernel's backend. */
+  static std::unique_ptr<StepRunner> Make(const KVCacheConfig& config, KernelHandle kernel,
+                                          DLDevice device, std::optional<RopeConfig> rope);
+
+  /*! \brief Plan a step. A throw changes nothing. */
+  virtual void Plan(StepLayout* layout) = 0;
+  /*! \brief The step that was planned begins. */
+  virtual void Begin(const StepLayout& layout) = 0;
+  /*! \brief Positions of the step's tokens, int32 [max_q_tokens] on the device. */
+  virtual tvm::runtime::Tensor Positions() const = 0;
+  /*! \brief Rotate the step's queries and keys, if the cache rotates, and store keys and values. */
+  virtual void Append(const PoolView& pool, TokenHeads* q, TokenHeads k, TokenHeads v) = 0;
+  /*! \brief Attention of one layer; fills in what the plan and the workspace decide. */
+  virtual void Attend(AttentionParams* params) = 0;
+  /*! \brief Copy to or from the device's memory, in the order of the other calls. */
+  virtual void Copy(void* to, const void* from, int64_t bytes) = 0;
+  /*! \brief See KVCacheObj::GraphKey. */
+  virtual int64_t GraphKey() const = 0;
+
+ protected:
+  StepRunner(const KVCacheConfig& config, KernelHandle kernel)
+      : config_(config), kernel_(std::move(kernel)) {}
+
+  int32_t group() const { return config_.num_qo_heads / config_.num_kv_heads; }
+
+  /*! \brief Bounds of steps that attend whole sequences. */
+  PlanBounds PageBounds() const {
+    PlanBounds b;
+    b.max_requests = config_.max_batch;
+    b.max_q_tokens = config_.max_q_tokens();
+    // Sequences that share pages each list them: any one may span the whole pool.
+    b.max_kv_pages = static_cast<int32_t>(
+        std::min<int64_t>(int64_t{config_.max_batch} * config_.num_pages(), INT32_MAX / 2));
+    b.num_kv_heads = config_.num_kv_heads;
+    b.max_tile_tokens = std::max(1, kernel_->row_tiles[1] / group());
+    return b;
+  }
+
+  /*! \brief Bounds of steps whose layout is by token. */
+  PlanBounds TokenBounds(int64_t num_blocks) const {
+    PlanBounds b = PageBounds();
+    b.max_levels = 2;
+    b.max_requests = config_.max_batch + config_.max_q_tokens();  // a row for each node of a tree
+    b.max_kv_pages = 4096;
+    while (b.max_kv_pages < num_blocks) b.max_kv_pages *= 2;
+    return b;
+  }
+
+  /*! \brief What the scheduler is told, whatever the backend. */
+  ScheduleInput Describe(StepLayout* layout) const {
+    ScheduleInput in;
+    layout->Describe(&in);
+    in.causal = kernel_->causal != 0;
+    in.group = group();
+    in.kv_align = kernel_->kv_align;
+    return in;
+  }
+
+  KVCacheConfig config_;
+  KernelHandle kernel_;
+};
+
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_RUNTIME_STEP_RUNNER_H_
