@@ -14,12 +14,8 @@ Sites that look like attention but are not proven are returned too, with the rea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import tvm
 from tvm import relax, tirx
 
 from relax_passes.attention_site import AttentionSite, Operand
@@ -33,9 +29,10 @@ from relax_passes.graph import (
     op_name,
     scalar_value,
     shape_of,
-    static_int,
 )
+from relax_passes.logits import Logits, NotProvenError
 from relax_passes.mask import derive_mask
+from relax_passes.operands import SiteAxes, find_operand
 
 _ATTENTION_OPS = ("nn.attention", "nn.attention_bias")
 _LAYOUT_OPS = frozenset(
@@ -70,10 +67,6 @@ def find_sites(func: relax.Function) -> list[AttentionSite]:
     return sites
 
 
-class _Refused(Exception):
-    """What is not proven about a site."""
-
-
 # ---------------------------------------------------------------------------------------------
 # anchors
 
@@ -86,40 +79,46 @@ def _attention_op(graph: Graph, binding: relax.VarBinding) -> AttentionSite:
     try:
         shapes = [shape_of(a) for a in call.args[:3]]
         if any(s is None or len(s) != 4 for s in shapes):
-            raise _Refused("an operand of nn.attention has no known shape")
+            raise NotProvenError("an operand of nn.attention has no known shape")
         (batch, seq, heads, dim), (_, keys, _, _), (_, _, _, dim_v) = shapes  # type: ignore[misc]
-        at = _Axes(view, batch, heads, seq, keys)
+        at = SiteAxes(view, batch, heads, seq, keys)
         d, e = view.variable("d", dim), view.variable("e", dim_v)
         site.query_length, site.key_length = seq, keys
-        site.q, scale_q = _operand(view, call.args[0], (at.b, at.s, at.h, d), at, at.s, d)
-        site.k, scale_k = _operand(view, call.args[1], (at.b, at.t, at.h, d), at, at.t, d)
-        site.v, scale_v = _operand(view, call.args[2], (at.b, at.t, at.h, e), at, at.t, e)
+        site.q, scale_q = find_operand(
+            view, call.args[0], (at.b, at.s, at.h, d), at, at.s, d, grouped=False
+        )
+        site.k, scale_k = find_operand(
+            view, call.args[1], (at.b, at.t, at.h, d), at, at.t, d, grouped=True
+        )
+        site.v, scale_v = find_operand(
+            view, call.args[2], (at.b, at.t, at.h, e), at, at.t, e, grouped=True
+        )
         if scale_v != 1.0:
-            raise _Refused("the values are scaled")
+            raise NotProvenError("the values are scaled")
         scale = call.attrs.scale
         scale = 1.0 / math.sqrt(int(dim)) if scale is None else float(scale.value)
         site.scale = _round_scale(scale * scale_q * scale_k, int(dim))
-        logits = _Logits()
+        logits = Logits()
         if len(call.args) > 3:
             shape = shape_of(call.args[3]) or []
             index = tuple(
                 tirx.IntImm("int64", 0) if is_one(n) else i
                 for n, i in zip(shape, (at.b, at.h, at.s, at.t)[4 - len(shape) :], strict=True)
             )
-            logits.add_mask(view.at(call.args[3], index), dtype_of(call.args[3]))
+            logits.add(view.at(call.args[3], index), dtype_of(call.args[3]))
         site.biases = logits.biases
         site.mask = derive_mask(view, logits.predicates, at.s, at.t)
         if call.attrs.causal_mask is not None:
             if str(call.attrs.causal_mask) != "TopLeft" and not view.same(seq, keys):
-                raise _Refused("a causal mask that is aligned bottom right")
+                raise NotProvenError("a causal mask that is aligned bottom right")
             site.mask.narrow(upper=0)
         if call.attrs.window_size is not None:
-            raise _Refused("nn.attention with window_size")
+            raise NotProvenError("nn.attention with window_size")
         site.out = Operand(binding.var, 0, 2, 1, 3, int(heads), int(dim_v))
         site.dtype = dtype_of(site.q.tensor)
         if site.mask.unproven:
-            raise _Refused(site.mask.unproven[0])
-    except _Refused as why:
+            raise NotProvenError(site.mask.unproven[0])
+    except NotProvenError as why:
         site.refuse(str(why))
     return site
 
@@ -135,7 +134,7 @@ def _softmax_site(graph: Graph, binding: relax.VarBinding, live: set[Any]) -> At
     view = ElementView(graph)
     try:
         _prove_softmax_site(view, site, binding, chain, product, live)
-    except _Refused as why:
+    except NotProvenError as why:
         site.refuse(str(why))
     return site
 
@@ -181,17 +180,6 @@ def _score_matmuls(graph: Graph, expr: Any, limit: int = 400) -> list[Any]:
 # softmax(f(q kT)) v
 
 
-class _Axes:
-    """Index variables of a site: batch b, head h, query s, key t."""
-
-    def __init__(self, view: ElementView, batch: Any, heads: Any, seq: Any, keys: Any) -> None:
-        self.batch, self.heads = batch, heads
-        self.b = view.variable("b", batch)
-        self.h = view.variable("h", heads)
-        self.s = view.variable("s", seq)
-        self.t = view.variable("t", keys)
-
-
 def _prove_softmax_site(
     view: ElementView,
     site: AttentionSite,
@@ -204,16 +192,16 @@ def _prove_softmax_site(
     weights, values = graph.value[product].args
     shape, value_shape = shape_of(weights), shape_of(values)
     if shape is None or value_shape is None or len(shape) < 3 or len(shape) != len(value_shape):
-        raise _Refused("the matmul with the values has no batched shape")
+        raise NotProvenError("the matmul with the values has no batched shape")
     batches = [n for n in range(len(shape) - 2) if not is_one(shape[n])]
     if len(batches) > 2:
-        raise _Refused("more than two batch axes")
+        raise NotProvenError("more than two batch axes")
     head_axis = batches[-1] if batches else len(shape) - 3
     batch_axis = batches[0] if len(batches) == 2 else None
     if batch_axis is None and head_axis > 0:
         batch_axis = head_axis - 1
     batch = shape[batch_axis] if batch_axis is not None else 1
-    at = _Axes(view, batch, shape[head_axis], shape[-2], shape[-1])
+    at = SiteAxes(view, batch, shape[head_axis], shape[-2], shape[-1])
     site.query_length, site.key_length = shape[-2], shape[-1]
     zero = tirx.IntImm("int64", 0)
     index = [zero] * (len(shape) - 2)
@@ -225,18 +213,18 @@ def _prove_softmax_site(
     soft, safe = _softmax_element(view, weights, (*index, at.s, at.t), binding)
     axis = axis_of(binding.value.attrs.axis, len(soft.index))
     if not view.same(soft.index[axis], at.t):
-        raise _Refused("softmax runs over another axis than the one multiplied with the values")
+        raise NotProvenError(
+            "softmax runs over another axis than the one multiplied with the values"
+        )
     if any(_uses(i, at.t) for n, i in enumerate(soft.index) if n != axis):
-        raise _Refused("the softmax result is indexed by the key twice")
+        raise NotProvenError("the softmax result is indexed by the key twice")
 
     # Backward: f, down to the scores.
     source = binding.value.args[0]
     scores = _score_matmuls(graph, source)
     formula = view.at(source, soft.index, stop=lambda var: var in scores)
-    logits = _Logits()
+    logits = Logits()
     score = logits.read(formula, scores)
-    if score is None:
-        raise _Refused("no score matmul below the softmax")
     left, right = graph.value[score.tensor].args
     row, column = score.index[-2], score.index[-1]
     contraction = shape_of(left)[-1]  # type: ignore[index]
@@ -245,19 +233,16 @@ def _prove_softmax_site(
     left_index = (*_lead(left, lead), row, d)
     right_index = (*_lead(right, lead), d, column)
     e = view.variable("e", value_shape[-1])
-    site.q, scale_q = _operand(view, left, left_index, at, at.s, d)
-    site.k, scale_k = _operand(view, right, right_index, at, at.t, d)
-    site.v, scale_v = _operand(view, values, (*index, at.t, e), at, at.t, e)
+    site.q, scale_q = find_operand(view, left, left_index, at, at.s, d, grouped=False)
+    site.k, scale_k = find_operand(view, right, right_index, at, at.t, d, grouped=True)
+    site.v, scale_v = find_operand(view, values, (*index, at.t, e), at, at.t, e, grouped=True)
     if scale_v != 1.0:
-        raise _Refused("the values are scaled")
+        raise NotProvenError("the values are scaled")
+    scale = scale_q * scale_k * logits.scale
+    site.scale = _round_scale(scale, site.q.head_dim)
     if logits.soft_cap:
-        inner = scale_q * scale_k * logits.scale
-        if not math.isclose(logits.outer, logits.soft_cap, rel_tol=1e-6):
-            raise _Refused("tanh on the scores that is no soft cap")
-        site.soft_cap, site.scale = logits.soft_cap, inner * logits.soft_cap
-    else:
-        scale = scale_q * scale_k * logits.scale
-        site.scale = _round_scale(scale, site.q.head_dim)
+        # cap * tanh(scale / cap * score): the scale of the scores themselves is named.
+        site.soft_cap, site.scale = logits.soft_cap, scale * logits.soft_cap
     site.biases = logits.biases
     site.mask = derive_mask(view, logits.predicates, at.s, at.t)
     site.out = Operand(
@@ -273,7 +258,7 @@ def _prove_softmax_site(
     site.form = _form(site, safe, len(shape))
     _check_uses(graph, binding.var, chain, score.tensor, product, live)
     if site.mask.unproven:
-        raise _Refused(site.mask.unproven[0])
+        raise NotProvenError(site.mask.unproven[0])
 
 
 def _form(site: AttentionSite, safe: bool, rank: int) -> str:
@@ -299,13 +284,13 @@ def _softmax_element(
         elif isinstance(element, Apply) and element.op == "where":
             condition, when_true, when_false = element.args
             if when_true != Const(0.0) or not _all_hidden(view, condition, binding.value.args[0]):
-                raise _Refused("the softmax result is selected by a condition")
+                raise NotProvenError("the softmax result is selected by a condition")
             element, safe = when_false, True
         else:
             what = element.op if isinstance(element, Apply) else "another value"
-            raise _Refused(f"the softmax result passes through {what!r} before the values")
+            raise NotProvenError(f"the softmax result passes through {what!r} before the values")
     if not element.tensor.same_as(var):
-        raise _Refused("the values are multiplied with something else than the softmax")
+        raise NotProvenError("the values are multiplied with something else than the softmax")
     return element, safe
 
 
@@ -330,7 +315,7 @@ def _all_hidden(view: ElementView, condition: Element, scores: Any) -> bool:
             rank = len(shape_of(bound.args[0]) or ())
             if axes is None or [axis_of(a, rank) for a in axes] != [rank - 1]:
                 return False
-            element = _inner(graph, bound.args[0])
+            element = graph.resolve(bound.args[0])
             break
         else:
             return False
@@ -339,16 +324,12 @@ def _all_hidden(view: ElementView, condition: Element, scores: Any) -> bool:
     seen_not = False
     while op_name(inner) in ("logical_not", "astype"):
         seen_not ^= op_name(inner) == "logical_not"
-        inner = _inner(graph, inner.args[0])
+        inner = graph.resolve(inner.args[0])
     if op_name(inner) == "equal" and seen_not:
         lhs, rhs = inner.args
         limit = scalar_value(graph.resolve(rhs))
         return limit == -math.inf and graph.resolve(lhs) is graph.resolve(scores)
     return False
-
-
-def _inner(graph: Graph, expr: Any) -> Any:
-    return graph.resolve(expr)
 
 
 def _check_uses(
@@ -362,12 +343,12 @@ def _check_uses(
             continue
         inside.add(var)
         if var in graph.outputs:
-            raise _Refused("the attention scores or weights are also returned")
+            raise NotProvenError("the attention scores or weights are also returned")
         for user in graph.users[var]:
             if user in live:
                 queue.append(user)
                 if len(inside) > 200:
-                    raise _Refused("the attention scores or weights are used elsewhere too")
+                    raise NotProvenError("the attention scores or weights are used elsewhere too")
 
 
 def _lead(matrix: Any, lead: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -380,264 +361,12 @@ def _lead(matrix: Any, lead: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _uses(expr: Any, var: Any) -> bool:
-    found = False
-
-    def visit(node: Any) -> None:
-        nonlocal found
-        found = found or (isinstance(node, tvm.ir.Var) and node.same_as(var))
-
-    relax.analysis.post_order_visit(expr, visit) if isinstance(expr, relax.Expr) else None
-    return found
-
-
-# ---------------------------------------------------------------------------------------------
-# f: scale, soft cap, masks, biases
-
-
-@dataclass
-class _Logits:
-    """``f`` cut into parts, from the softmax down to the score element."""
-
-    scale: float = 1.0
-    outer: float = 1.0
-    soft_cap: float = 0.0
-    biases: int = 0
-    predicates: list[Element] = field(default_factory=list)
-
-    def read(self, element: Element, scores: Iterable[Any]) -> Load | None:
-        """Strip ``f`` from ``element``; returns the score element, or raises for an unknown
-        ``f``.
-        """
-        scores = list(scores)
-        while not isinstance(element, Load):
-            if not isinstance(element, Apply):
-                return None
-            below = [a for a in element.args if _reaches(a, scores)]
-            if len(below) != 1:
-                raise _Refused(f"{element.op!r} combines the scores with themselves")
-            inner = below[0]
-            others = [a for a in element.args if a is not inner]
-            self._strip(element, inner, others)
-            element = inner
-        return element if any(element.tensor.same_as(s) for s in scores) else None
-
-    def _strip(self, element: Apply, inner: Element, others: list[Element]) -> None:
-        op = element.op
-        factor = _factor(op, element, inner, others)
-        if factor is not None:
-            if factor <= 0.0 and (self.predicates or self.biases):
-                raise _Refused("masked scores multiplied with a number that is not positive")
-            self.scale *= factor
-            if self.biases:
-                self.biases = self.biases
-        elif op == "astype" and is_float(element.dtype):
-            pass
-        elif op == "add" or (op == "subtract" and inner is element.args[0]):
-            if op == "subtract":
-                raise _Refused("a tensor subtracted from the scores")
-            self._unscaled("added to")
-            self.add_mask(others[0], element.dtype)
-        elif op == "where":
-            self._where(element, inner)
-        elif op == "tanh":
-            if self.soft_cap:
-                raise _Refused("two tanh on the scores")
-            self.outer, self.scale = self.scale, 1.0
-            self.soft_cap = self.outer
-        else:
-            raise _Refused(f"unknown operator {op!r} on the scores")
-
-    def _unscaled(self, what: str) -> None:
-        if self.scale != 1.0 and not self.soft_cap:
-            # scale * (x + mask): an infinite mask stays one, a bias would have to be scaled.
-            self._scaled_add = True
-
-    def _where(self, element: Apply, inner: Element) -> None:
-        condition, when_true, when_false = element.args
-        if condition is inner:
-            raise _Refused("a mask that depends on the scores")
-        other, keep = (when_false, True) if inner is when_true else (when_true, False)
-        if not _hides(other, element.dtype):
-            raise _Refused("scores replaced by something else than -inf")
-        self.predicates.append(condition if keep else Apply("logical_not", (condition,), "bool"))
-
-    def add_mask(self, element: Element, dtype: str) -> None:
-        """An addend of the scores: 0 and -inf by a predicate, or a bias."""
-        while isinstance(element, Apply) and element.op == "astype" and is_float(element.dtype):
-            element = element.args[0]
-        if isinstance(element, Const) and element.value == 0:
-            return
-        if isinstance(element, Apply) and element.op == "where":
-            condition, when_true, when_false = element.args
-            if _zero(when_true) and _hides(when_false, dtype):
-                self.predicates.append(condition)
-                return
-            if _zero(when_false) and _hides(when_true, dtype):
-                self.predicates.append(Apply("logical_not", (condition,), "bool"))
-                return
-            if _hides(when_false, dtype):
-                self.predicates.append(condition)
-                self.add_mask(when_true, dtype)
-                return
-        if isinstance(element, Apply) and element.op == "add":
-            for arg in element.args:
-                self.add_mask(arg, dtype)
-            return
-        if getattr(self, "_scaled_add", False):
-            raise _Refused("a bias that is scaled together with the scores")
-        self.biases += 1
-
-
-def _zero(element: Element) -> bool:
-    return isinstance(element, Const) and element.value == 0
-
-
-def _hides(element: Element, dtype: str) -> bool:
-    """-inf, or the lowest number of the dtype, which a causal row cannot tell from it."""
-    if not isinstance(element, Const):
-        return False
-    if element.value == -math.inf:
-        return True
-    lowest = {"float16": -65504.0}.get(dtype, float(np.finfo(np.float32).min))
-    return element.value <= 0.98 * lowest
-
-
-def _factor(op: str, element: Apply, inner: Element, others: list[Element]) -> float | None:
-    if len(others) != 1 or not isinstance(others[0], Const):
-        return None
-    value = float(others[0].value)
-    if op == "multiply":
-        return value
-    if op == "divide" and inner is element.args[0] and value != 0.0:
-        return 1.0 / value
-    return None
-
-
-def _reaches(element: Element, scores: list[Any]) -> bool:
-    if isinstance(element, Load):
-        return any(element.tensor.same_as(s) for s in scores)
-    return isinstance(element, Apply) and any(_reaches(a, scores) for a in element.args)
+    return any(v.same_as(var) for v in tirx.analysis.undefined_vars(expr))
 
 
 def _round_scale(scale: float, head_dim: int) -> float:
-    """1/sqrt(head_dim) where ``scale`` is that up to float32 rounding (sqrt(scale) on both
-    sides).
+    """1/sqrt(head_dim) where ``scale`` is that up to float32 rounding, as when sqrt(scale) is put
+    on both q and k.
     """
     usual = 1.0 / math.sqrt(head_dim)
     return usual if math.isclose(scale, usual, rel_tol=1e-6) else scale
-
-
-# ---------------------------------------------------------------------------------------------
-# q, k, v
-
-
-def _operand(
-    view: ElementView,
-    expr: Any,
-    index: tuple[Any, ...],
-    at: _Axes,
-    token: Any,
-    dim: Any,
-) -> tuple[Operand, float]:
-    """The tensor nearest to the model's own projections that is still [heads, tokens, elements].
-
-    Peels layout operators, numeric factors and widening casts from ``expr``; returns the operand
-    and the product of the factors.
-    """
-    graph = view.graph
-    best: tuple[Operand, float] | None = None
-    factor = 1.0
-    while True:
-        if isinstance(expr, relax.Var):
-            found = _classify(view, expr, index, at, token, dim)
-            if found is not None:
-                best = (found, factor)
-        bound = graph.value.get(expr) if isinstance(expr, relax.Var) else expr
-        if isinstance(bound, relax.Var):
-            expr = bound
-            continue
-        if not isinstance(bound, relax.Call):
-            break
-        moved = view.through_layout(bound, index)
-        if moved is not None:
-            expr, index = moved
-            continue
-        name = op_name(bound)
-        if name == "astype" and is_float(dtype_of(bound)) and is_float(dtype_of(bound.args[0])):
-            expr = bound.args[0]
-            continue
-        number = _numeric_factor(graph, name, bound)
-        if number is None:
-            break
-        expr, value = number
-        factor *= value
-    if best is None:
-        raise _Refused("an operand is not a tensor of heads, tokens and head elements")
-    return best
-
-
-def _numeric_factor(graph: Graph, name: str, call: relax.Call) -> tuple[Any, float] | None:
-    if name not in ("multiply", "divide"):
-        return None
-    a, b = call.args
-    value = scalar_value(graph.resolve(b))
-    if value is not None:
-        return a, (float(value) if name == "multiply" else 1.0 / float(value))
-    value = scalar_value(graph.resolve(a))
-    if value is not None and name == "multiply":
-        return b, float(value)
-    return None
-
-
-def _classify(
-    view: ElementView, var: Any, index: tuple[Any, ...], at: _Axes, token: Any, dim: Any
-) -> Operand | None:
-    """``var`` as an operand if its axes are exactly batch, heads (maybe grouped), tokens,
-    elements.
-    """
-    shape = shape_of(var)
-    if shape is None or len(shape) != len(index):
-        return None
-    axes: dict[str, int] = {}
-    heads = 1
-    for n, (extent, i) in enumerate(zip(shape, index, strict=True)):
-        if is_one(extent):
-            continue
-        if view.same(i, token):
-            kind = "token"
-        elif view.same(i, dim):
-            kind = "dim"
-        elif static_int(extent) is not None and _is_head(view, i, at, int(extent)):
-            kind, heads = "head", int(extent)
-        elif view.same(i, at.b):
-            kind = "batch"
-        else:
-            return None
-        if kind in axes:
-            return None
-        axes[kind] = n
-    if "token" not in axes:
-        return None
-    ones = [n for n, extent in enumerate(shape) if is_one(extent)]
-    for kind in ("dim", "head"):
-        if kind not in axes:
-            # One head, or heads of one element: an axis of length 1 will do.
-            if not ones:
-                return None
-            axes[kind] = ones.pop()
-    batch = axes.get("batch")
-    if batch is None and ones:
-        batch = ones[0]
-    if len(shape) != 3 + (batch is not None):
-        return None
-    return Operand(
-        var, batch, axes["head"], axes["token"], axes["dim"], heads, int(shape[axes["dim"]])
-    )
-
-
-def _is_head(view: ElementView, index: Any, at: _Axes, extent: int) -> bool:
-    heads = static_int(at.heads)
-    if heads is None or heads % extent:
-        return False
-    group = heads // extent
-    return view.same(index, at.h if group == 1 else tirx.floordiv(at.h, group))

@@ -212,6 +212,39 @@ def test_mask_from_the_scores() -> None:
     assert not site.recognised
 
 
+def test_mask_below_a_tanh() -> None:
+    """tanh makes -1 of -inf: such a key is not hidden."""
+
+    def body(g: Graph, q: relax.Var, k: relax.Var, v: relax.Var) -> relax.Var:
+        query, key = indices(g)
+        x = g.tanh(masked(g, scores(g, q, k), g.less_equal(key, query)))
+        return g.matmul(g.softmax(x), v)
+
+    (site,) = sites_of(body, *qkv())
+    assert "below a tanh" in site.reason
+
+
+def test_scores_turned_round() -> None:
+    """-(scores + mask) would show what the mask hides."""
+
+    def body(g: Graph, q: relax.Var, k: relax.Var, v: relax.Var) -> relax.Var:
+        query, key = indices(g)
+        x = masked(g, scores(g, q, k), g.less_equal(key, query))
+        return g.matmul(g.softmax(g.multiply(x, relax.const(-1.0, "float32"))), v)
+
+    (site,) = sites_of(body, *qkv())
+    assert "not positive" in site.reason
+
+
+def test_one_query_head_for_all() -> None:
+    def body(g: Graph, q: relax.Var, k: relax.Var, v: relax.Var) -> relax.Var:
+        return causal_attention(g, g.broadcast_to(q, [1, HEADS, SEQ, DIM]), k, v)
+
+    _, k, v = qkv()
+    (site,) = sites_of(body, tensor("q", 1, 1, SEQ, DIM), k, v)
+    assert not site.recognised or site.q.heads == HEADS
+
+
 def test_scores_that_meet_other_keys() -> None:
     def body(g: Graph, q: relax.Var, k: relax.Var, v: relax.Var) -> relax.Var:
         return g.matmul(g.softmax(g.cumsum(scores(g, q, k), axis=-1)), v)
