@@ -105,6 +105,8 @@ def _match(graph: Graph, var: Any, params: set[Any], live: set[Any]) -> _Linear 
         return None
     x, transposed = call.args
     turned = graph.value.get(transposed)
+    if not isinstance(var, relax.DataflowVar):
+        return None
     if not isinstance(x, relax.Var) or op_name(turned) != "permute_dims":
         return None
     assert turned is not None
@@ -119,6 +121,8 @@ def _match(graph: Graph, var: Any, params: set[Any], live: set[Any]) -> _Linear 
     if len(readers) == 1 and op_name(graph.value[readers[0]]) == "add":
         a, b = graph.value[readers[0]].args
         bias = b if a.same_as(var) else a
+        if not isinstance(readers[0], relax.DataflowVar):
+            return _Linear(var, var, x, weight, None, width)
         if bias in params and len(shape_of(bias) or ()) == 1 and _once(graph, bias, live):
             return _Linear(var, readers[0], x, weight, bias, width)
     return _Linear(var, var, x, weight, None, width)

@@ -86,7 +86,7 @@ def _find(func: relax.Function) -> list[_Norm]:
 def _match(graph: Graph, var: Any) -> _Norm | None:
     """``var`` as weight * normalised, in either order."""
     call = graph.value[var]
-    if op_name(call) != "multiply":
+    if op_name(call) != "multiply" or not isinstance(var, relax.DataflowVar):
         return None
     for weight, scaled in (call.args, tuple(reversed(call.args))):
         shape = shape_of(weight)
@@ -146,7 +146,9 @@ def _narrow(graph: Graph, wide: Any) -> Any:
 def _with_residual(graph: Graph, place: dict[Any, int], norm: _Norm) -> _Norm:
     """Take along the addition that made x, where the weight is known by then."""
     call: Any = graph.value.get(norm.x)
-    if op_name(call) != "add" or place.get(norm.weight, -1) > place[norm.x]:
+    if not isinstance(norm.x, relax.DataflowVar) or op_name(call) != "add":
+        return norm
+    if place.get(norm.weight, -1) > place[norm.x]:
         return norm
     a, b = call.args
     shapes = [shape_of(norm.x), shape_of(a), shape_of(b)]
