@@ -130,7 +130,7 @@ def _astype(call: relax.Call, source: Any) -> Any:
         return x
     if op_name(source) == "astype":
         origin = dtype_of(source.args[0])
-        if _holds(origin, dtype_of(x)) or (origin == dtype == "int32"):
+        if _holds(origin, dtype_of(x)):
             # Widening first loses nothing.
             return relax.op.astype(source.args[0], dtype)
     return None

@@ -9,7 +9,7 @@ import tvm
 from tvm import relax
 
 from relax_passes.attention_site import AttentionSite
-from relax_passes.graph import Graph, is_one, shape_of
+from relax_passes.graph import Graph, dtype_of, is_one, shape_of
 from relax_passes.paginate.backends import Backend, CacheShape, Ours, Tir
 from relax_passes.paginate.rewrite import FunctionWriter, signatures
 from relax_passes.paginate.tokenwise import PaginateError, TokenAxes
@@ -115,7 +115,7 @@ class PaginateAttention:
                 known[var] = _token_axis_of_input(var, length)
             axes = TokenAxes(graph, sites, length, known)
             shape = _cache_shape(sites)
-            backend = self._make_backend()
+            backend = self._make_backend(shape)
             writer = FunctionWriter(axes, sites, backend, token, positions, ones, weights)
             builder = relax.BlockBuilder()
             for signature in signatures(self.chunk, self.batch):
@@ -134,12 +134,17 @@ class PaginateAttention:
         )(made)
         return made.with_attrs(dict(mod.attrs.items())) if mod.attrs else made
 
-    def _make_backend(self) -> Backend:
+    def _make_backend(self, shape: CacheShape) -> Backend:
         if self.backend == "ours":
             return Ours(self.kernel)
         target = self.target or tvm.target.Target.current()
         if target is None:
             raise PaginateError("the TIR backend needs a target.")
+        if shape.head_dim_qk != shape.head_dim_vo:
+            raise PaginateError(
+                f"the TIR backend has one head size for keys and values, not {shape.head_dim_qk} "
+                f"and {shape.head_dim_vo}."
+            )
         return Tir(target)
 
     def _roles(
@@ -245,6 +250,11 @@ def _cache_shape(sites: Sequence[AttentionSite]) -> CacheShape:
             raise PaginateError(
                 f"attention {site.name!r} has {site.k.heads} key heads "
                 f"and {site.v.heads} value heads."
+            )
+        dtypes = {dtype_of(operand.tensor) for operand in (site.q, site.k, site.v)}
+        if len(dtypes) > 1:
+            raise PaginateError(
+                f"attention {site.name!r} mixes the dtypes {', '.join(sorted(dtypes))}."
             )
         shapes.add(
             CacheShape(
