@@ -1,0 +1,156 @@
+# Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+"""The KV cache's CUDA backend on a CPU: plans, staging, append and attention through a kernel table
+that runs on the emulator, against the same model as the CPU's own backend."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from harness.build import EMULATOR, INCLUDE
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kv_cache"))
+
+from cache_model import Dims, Twin, reference_attention, to_tvm
+
+from tvm_flashinfer import jit, jit_cuda, kv_cache
+from tvm_flashinfer.kv_cache import KVCache
+from tvm_flashinfer.rope import RopeConfig
+
+DIM = 32
+
+
+@pytest.fixture(scope="module")
+def emulated_kernel(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The kernel table that nvcc would compile, made by the host compiler."""
+    import tvm_ffi
+    from tvm_ffi import libinfo
+
+    folder = tmp_path_factory.mktemp("kernel_table")
+    spec = jit.AttentionSpec("float16", "float16", DIM, DIM)
+    (folder / "table.cc").write_text(jit_cuda.kernel_source(spec, "emulated_table"))
+    (folder / "glue.cc").write_text(jit_cuda.glue_source("emulated", "emulated_table"))
+    library = folder / "kernel.so"
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g0", "-fPIC", "-shared"]
+    command += ["-fvisibility=hidden", "-DTVM_FLASHINFER_CUDA_EMULATION", "-o", str(library)]
+    include = [INCLUDE, EMULATOR, *libinfo.include_paths()]
+    sources = [str(folder / name) for name in ("table.cc", "glue.cc")]
+    subprocess.run([*command, *(f"-I{path}" for path in include), *sources], check=True)
+    return tvm_ffi.load_module(str(library)).emulated
+
+
+@pytest.fixture
+def on_emulator(emulated_kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cache made in the test takes the emulated kernel."""
+    build: Callable[..., None] = lambda *_args, **_options: None  # noqa: E731
+    monkeypatch.setattr(kv_cache, "build_attention", build)
+    monkeypatch.setattr(kv_cache, "load_kernel", lambda _artifact: emulated_kernel)
+
+
+def dims(**changes: Any) -> Dims:
+    return Dims(head_dim=DIM, dtype="float16", **changes)
+
+
+@pytest.mark.usefixtures("on_emulator")
+@pytest.mark.parametrize("page_size", [1, 5, 16])
+@pytest.mark.parametrize("form", ["token", "head", "fused"])
+def test_prefill_append_and_decode(form: str, page_size: int) -> None:
+    twin = Twin(dims(page_size=page_size))
+    for seq_id in range(3):
+        twin.add(seq_id)
+    twin.forward([0, 1, 2], [33, 1, 17], form)
+    twin.forward([2, 0], [5, 12], form)
+    for _ in range(4):  # more steps than staging buffers
+        twin.forward([1, 0, 2], [1, 1, 1], form)
+    twin.forward([], [])
+    twin.check()
+
+
+@pytest.mark.usefixtures("on_emulator")
+def test_fork_copies_the_shared_page() -> None:
+    twin = Twin(dims())
+    twin.add(0)
+    twin.forward([0], [21])
+    twin.fork(0, 1)
+    twin.fork(0, 2, 18)
+    twin.forward([0, 1, 2], [1, 2, 3])
+    twin.pop(1, 5)
+    twin.remove(0)
+    twin.forward([2, 1], [1, 1])
+    twin.check()
+
+
+@pytest.mark.usefixtures("on_emulator")
+def test_windows_and_token_trees() -> None:
+    twin = Twin(dims(sliding_window=True, num_layers=1))
+    twin.add(0)
+    twin.add(1)
+    twin.enable_window(0, 24, 4)
+    twin.forward([0, 1], [30, 9])
+    twin.forward([0, 1], [1, 1])
+    twin.forward([1], [5], trees=[[-1, 0, 0, 1, 2]])
+    twin.commit([1], [3])
+    twin.forward([0, 1], [1, 1])
+    twin.check()
+
+
+@pytest.mark.usefixtures("on_emulator")
+def test_a_group_too_large_for_the_small_tile() -> None:
+    twin = Twin(dims(num_qo_heads=20, num_kv_heads=1, num_layers=1))
+    twin.add(0)
+    twin.forward([0], [20])
+    twin.forward([0], [1])
+    twin.check()
+
+
+@pytest.mark.usefixtures("on_emulator")
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [16, DIM])
+def test_rope_is_fused_into_the_append(rotary_dim: int, interleaved: bool) -> None:
+    rope = RopeConfig(theta=100.0, rotary_dim=rotary_dim, interleaved=interleaved)
+    cache = KVCache.create(
+        num_layers=1,
+        num_qo_heads=4,
+        num_kv_heads=2,
+        head_dim=DIM,
+        max_total_seq_len=64,
+        max_batch_size=2,
+        prefill_chunk_size=32,
+        dtype="float16",
+        rope=rope,
+    )
+    rng = np.random.default_rng(0)
+    cache.add_sequence(0)
+    keys, values = np.zeros((0, 2, DIM)), np.zeros((0, 2, DIM))
+    for count in (20, 1, 1):
+        q, k, v = (
+            rng.standard_normal((count, heads, DIM)).astype(np.float16) for heads in (4, 2, 2)
+        )
+        out = to_tvm(np.full((count, 4, DIM), np.nan, np.float16))
+        with cache.step([0], [count]):
+            cache.attention(0, to_tvm(q), to_tvm(k), to_tvm(v), out)
+        positions = np.arange(len(keys), len(keys) + count)
+        keys = np.concatenate([keys, rotate(k, positions, rope)])
+        values = np.concatenate([values, v.astype(np.float64)])
+        expected = reference_attention(rotate(q, positions, rope), keys, values)
+        np.testing.assert_allclose(out.numpy(), expected, atol=4e-3)
+
+
+def rotate(x: np.ndarray, positions: np.ndarray, rope: RopeConfig) -> np.ndarray:
+    """[tokens, heads, dim] by float64 angles."""
+    frequencies, magnitude = rope.resolve(x.shape[-1])
+    pairs = len(frequencies)
+    angles = positions[:, None, None] * frequencies.astype(np.float64)
+    first = slice(0, 2 * pairs, 2) if rope.interleaved else slice(0, pairs)
+    second = slice(1, 2 * pairs, 2) if rope.interleaved else slice(pairs, 2 * pairs)
+    out = x.astype(np.float64)
+    a, b = out[..., first].copy(), out[..., second].copy()
+    out[..., first] = (a * np.cos(angles) - b * np.sin(angles)) * magnitude
+    out[..., second] = (b * np.cos(angles) + a * np.sin(angles)) * magnitude
+    return out
