@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import tvm
@@ -10,11 +11,18 @@ from tvm import relax
 from tvm.relax.frontend.nn.llm import kv_cache
 from tvm.relax.frontend.nn.llm.position_embedding import llama_rope_with_position_map
 
-from .jit import AttentionSpec, build_attention
+from .autoload import build_autoload
+from .jit import AttentionSpec, KernelArtifact, build_attention
 from .rope import RopeConfig
 
 #: What TVM calls a scaling, where ours is the same: how pairs are formed, and our name of it.
 _SAME_SCALINGS = {None: "default", "default": "default", "gptj": "default", "llama3": "llama3"}
+
+
+@cache
+def _library(artifact: KernelArtifact) -> tvm.runtime.Module:
+    """The object to link; one module however many caches need it."""
+    return tvm.runtime.load_static_library(artifact.object_path, [artifact.symbol])
 
 
 class PagedKVCache(kv_cache.PagedKVCache):
@@ -22,10 +30,12 @@ class PagedKVCache(kv_cache.PagedKVCache):
 
     Takes the arguments of TVM's ``TIRPagedKVCache``, so a model that builds that one builds this
     one by another name; every method of the model's cache works on it. :attr:`extern_mods` holds
-    the attention kernel, to be linked as TVM's FlashInfer kernels are.
+    the attention kernel, to be linked as TVM's FlashInfer kernels are, and the object by which the
+    compiled model finds ``libtvm_flashinfer.so``.
 
     RoPE with no scaling, ``gptj`` and ``llama3`` is the cache's own; other scalings run TVM's
-    function, which is compiled with the model.
+    function, which is compiled with the model. ``split_rotary`` names one that the module has
+    already, whatever its scaling.
 
     Raises
     ------
@@ -62,6 +72,7 @@ class PagedKVCache(kv_cache.PagedKVCache):
         *,
         layer_sliding_window_size: int = 1024,
         mcpu: str = "native",
+        split_rotary: relax.Expr | None = None,
     ) -> None:
         kinds = {attn_kind} if isinstance(attn_kind, str) else set(attn_kind)
         if kinds != {"mha"}:
@@ -74,12 +85,13 @@ class PagedKVCache(kv_cache.PagedKVCache):
             raise ValueError(f"target is {target.kind.name}: this cache runs on the CPU (llvm)")
         spec = AttentionSpec(dtype, dtype, qk_head_dim, v_head_dim)
         artifact = build_attention(spec, mcpu=mcpu)
-        self.extern_mods = [
-            tvm.runtime.load_static_library(artifact.object_path, [artifact.symbol])
-        ]
+        self.extern_mods = [_library(artifact), _library(build_autoload())]
         create, rotation = "tvm_flashinfer.kv_cache_create", []
         scaling = dict(rope_scaling or {})
-        if rope_mode == kv_cache.RopeMode.NORMAL and scaling.get("rope_type") in _SAME_SCALINGS:
+        if rope_mode == kv_cache.RopeMode.NORMAL and split_rotary is not None:
+            create += "_split_rotary"
+            rotation = [split_rotary, rope_ext_factors]
+        elif rope_mode == kv_cache.RopeMode.NORMAL and scaling.get("rope_type") in _SAME_SCALINGS:
             create += "_rope"
             ours = scaling | {"rope_type": _SAME_SCALINGS[scaling.get("rope_type")]}
             config = RopeConfig(rope_theta, ours, rotary_dim=rotary_dim)

@@ -63,6 +63,7 @@ def is_user_mistake(error: Exception) -> bool:
     # Only what is loaded already can have raised: don't import the compiler to find out.
     names = {
         "tvm_flashinfer.jit": "CompilerError",
+        "relax_passes.dispatch_kv_cache": "DispatchError",
         "relax_passes.importer": "CheckpointError",
         "relax_passes.pipeline": "CompileError",
     }
@@ -253,6 +254,17 @@ def inspect(
         print_json(report)
     else:
         print_report(report, title=f"Attention in {checkpoint.name or checkpoint}")
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def mlc(context: typer.Context) -> None:
+    """mlc_llm with our attention: compile, convert_weight, gen_config, chat, serve, …"""
+    from .mlc import run_mlc
+
+    run_mlc(context.args)
 
 
 @app.command()

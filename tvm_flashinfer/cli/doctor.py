@@ -21,6 +21,7 @@ from rich.table import Table
 
 from .. import __version__, _library
 from .._blas import find_blas
+from ..errors import UserError
 from ..jit import CompilerError, cache_dir, find_compiler
 from .output import screen
 
@@ -51,7 +52,18 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every check, in the order of printing."""
-    checks = (_python, _tvm, _our_library, _compilers, _importers, _cpu, _blas, _gpu, _kernel_cache)
+    checks = (
+        _python,
+        _tvm,
+        _our_library,
+        _compilers,
+        _importers,
+        _mlc_llm,
+        _cpu,
+        _blas,
+        _gpu,
+        _kernel_cache,
+    )
     return [finding for check in checks for finding in check()]
 
 
@@ -139,6 +151,20 @@ def _importers() -> Iterator[Finding]:
     else:
         value = ", ".join(f"{name} {version}" for name, version in versions.items())
         yield Finding("importing models", "ok", value)
+
+
+def _mlc_llm() -> Iterator[Finding]:
+    try:
+        from ..mlc import bridges, mlc_llm_folder, mlc_llm_version
+    except UserError as error:
+        yield Finding("MLC-LLM", "ok", f"not there; `mlc` commands need it: {error}")
+        return
+    except Exception as error:  # whatever a broken installation raises
+        yield Finding("MLC-LLM", "warning", f"can't be imported: {error}")
+        return
+    yield Finding("MLC-LLM", "ok", f"mlc_llm {mlc_llm_version()} ({mlc_llm_folder()})")
+    listed = "; ".join(f"{bridge.name} ({bridge.change})" for bridge in bridges.active())
+    yield Finding("MLC-LLM bridges", "ok", listed or "none needed")
 
 
 CPU_FEATURES = (

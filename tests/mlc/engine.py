@@ -1,0 +1,126 @@
+"""Drives a compiled model as MLC's engine does: its functions, and the cache by vm.builtin."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+import tvm_ffi
+from tvm import relax
+
+Array = np.ndarray[Any, Any]
+
+
+def shape(*values: int) -> Any:
+    return tvm_ffi.Shape(values)
+
+
+class Engine:
+    """One model and its cache.
+
+    Weights are random, and the same for two libraries of one model.
+    """
+
+    def __init__(self, library: Path, **bounds: int) -> None:
+        module = tvm.runtime.load_module(str(library))
+        self.vm = relax.VirtualMachine(module, tvm.cpu())
+        self.metadata = json.loads(self.vm["_metadata"]())
+        self.params = [self._weight(p) for p in self.metadata["params"]]
+        self.window = self.metadata["sliding_window_size"]
+        sizes = {"batch": 8, "total": 1024, "chunk": 64, "page": 16} | bounds
+        # The engine's choice of the name, cpp/serve/function_table.cc.
+        names = ["create_flashinfer_paged_kv_cache", "create_tir_paged_kv_cache"]
+        if self.window != -1:
+            names.reverse()
+        create = next(self.vm[name] for name in names if self.vm.module.implements_function(name))
+        self.cache = create(*(shape(size) for size in (*sizes.values(), int(self.window != -1))))
+
+    @staticmethod
+    def _weight(param: dict[str, Any]) -> Any:
+        from models import VOCABULARY
+
+        rng = np.random.default_rng(zlib.crc32(param["name"].encode()))
+        extents = [
+            VOCABULARY if extent in (-1, "vocab_size") else extent for extent in param["shape"]
+        ]
+        if param["dtype"].startswith("uint"):
+            data = rng.integers(0, 2**32, extents, dtype=np.uint32)
+        elif len(extents) == 1:
+            data = 1 + 0.1 * rng.standard_normal(extents)
+        else:
+            data = rng.standard_normal(extents) * extents[-1] ** -0.5
+        return tvm.runtime.tensor(data.astype(param["dtype"]))
+
+    # -- the cache, by the names that the engine looks up
+
+    def call(self, name: str, *args: Any) -> Any:
+        return tvm.get_global_func(f"vm.builtin.{name}")(self.cache, *args)
+
+    def add(self, seq_id: int) -> None:
+        self.call("kv_state_add_sequence", seq_id)
+        if self.window != -1:
+            sink = max(self.metadata["attention_sink_size"], 0)
+            name = "attention_kv_cache_enable_sliding_window_for_seq"
+            self.call(name, seq_id, self.window, sink)
+
+    def fork(self, parent: int, child: int, position: int = -1) -> None:
+        self.call("kv_state_fork_sequence", parent, child, position)
+
+    def pop(self, seq_id: int, count: int) -> None:
+        self.call("kv_state_popn", seq_id, count)
+
+    def remove(self, seq_id: int) -> None:
+        self.call("kv_state_remove_sequence", seq_id)
+
+    def commit(self, seq_ids: Sequence[int], leaves: Sequence[int]) -> None:
+        name = "attention_kv_cache_commit_accepted_token_tree_nodes"
+        self.call(name, shape(*seq_ids), shape(*leaves))
+
+    # -- the model's functions, as cpp/serve/model.cc calls them; all return logits
+
+    def _embed(self, tokens: Sequence[int]) -> Any:
+        ids = tvm.runtime.tensor(np.asarray(tokens, "int32"))
+        return self.vm["embed"](ids, self.params)
+
+    def _run(self, name: str, embeddings: Any, extents: tuple[int, ...], *positions: Any) -> Array:
+        view = embeddings._create_view((*extents, embeddings.shape[-1]))
+        return np.asarray(self.vm[name](view, *positions, self.cache, self.params)[0].numpy())
+
+    def prefill(self, seqs: dict[int, Sequence[int]], *, extend: bool = False) -> Array:
+        """[sequences, vocabulary]: logits of each sequence's last token."""
+        lengths = [len(tokens) for tokens in seqs.values()]
+        self.call("kv_state_begin_forward", shape(*seqs), shape(*lengths))
+        embeddings = self._embed([token for tokens in seqs.values() for token in tokens])
+        kind = "extend" if extend else "prefill"
+        if len(seqs) == 1:
+            logits = self._run(kind, embeddings, (1, sum(lengths)))
+        else:
+            last = tvm.runtime.tensor(np.cumsum(lengths).astype("int32") - 1)
+            logits = self._run(f"batch_{kind}", embeddings, (1, sum(lengths)), last)
+        self.call("kv_state_end_forward")
+        return logits.reshape(len(seqs), -1)
+
+    def decode(self, seqs: dict[int, int]) -> Array:
+        self.call("kv_state_begin_forward", shape(*seqs), shape(*[1] * len(seqs)))
+        embeddings = self._embed(list(seqs.values()))
+        name = "decode" if len(seqs) == 1 else "batch_decode"
+        logits = self._run(name, embeddings, (len(seqs), 1))
+        self.call("kv_state_end_forward")
+        return logits.reshape(len(seqs), -1)
+
+    def verify(
+        self, seqs: dict[int, Sequence[int]], parents: Sequence[Sequence[int]] | None = None
+    ) -> Array:
+        """[tokens, vocabulary]: of every drafted token; `parents` make trees of them."""
+        lengths = [len(tokens) for tokens in seqs.values()]
+        tree = () if parents is None else (shape(*(p for tree in parents for p in tree)),)
+        self.call("kv_state_begin_forward", shape(*seqs), shape(*lengths), *tree)
+        embeddings = self._embed([token for tokens in seqs.values() for token in tokens])
+        logits = self._run("batch_verify", embeddings, (1, sum(lengths)))
+        self.call("kv_state_end_forward")
+        return logits.reshape(sum(lengths), -1)

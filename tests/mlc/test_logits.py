@@ -1,0 +1,142 @@
+"""Models compiled by mlc_llm: the same logits over our cache as over TVM's, call by call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from engine import Array, Engine
+from models import VOCABULARY, compile_model
+
+TOLERANCE = 1e-4
+FAMILIES = ["llama", pytest.param("qwen3", marks=pytest.mark.heavy)]
+
+Script = Callable[[Engine, Callable[[int], list[int]]], Iterator[Array]]
+
+
+def whole_prompts(engine: Engine, draw: Callable[[int], list[int]]) -> Iterator[Array]:
+    for seq_id, length in enumerate((1, 17, 40)):
+        engine.add(seq_id)
+        yield engine.prefill({seq_id: draw(length)})
+    for _ in range(3):
+        yield engine.decode({1: draw(1)[0]})
+
+
+def chunked_prompts(engine: Engine, draw: Callable[[int], list[int]]) -> Iterator[Array]:
+    engine.add(7)
+    for length in (64, 33, 1, 50):
+        yield engine.prefill({7: draw(length)})
+    yield engine.decode({7: draw(1)[0]})
+
+
+def continuous_batch(engine: Engine, draw: Callable[[int], list[int]]) -> Iterator[Array]:
+    for seq_id in (3, 1, 2):
+        engine.add(seq_id)
+    yield engine.prefill({3: draw(20), 1: draw(5), 2: draw(31)})
+    for _ in range(18):  # over a page boundary
+        yield engine.decode({1: draw(1)[0], 3: draw(1)[0]})
+    yield engine.prefill({2: draw(16), 1: draw(3)})
+    engine.remove(1)
+    yield engine.decode({2: draw(1)[0], 3: draw(1)[0]})
+
+
+def shared_prefix(engine: Engine, draw: Callable[[int], list[int]]) -> Iterator[Array]:
+    engine.add(0)
+    yield engine.prefill({0: draw(50)})
+    for child, position in ((1, -1), (2, 32), (3, 41), (4, -1)):
+        engine.fork(0, child, position)
+    yield engine.prefill({2: draw(9), 3: draw(4)})
+    for _ in range(3):
+        yield engine.decode({seq_id: draw(1)[0] for seq_id in range(5)})
+
+
+def rolled_back(engine: Engine, draw: Callable[[int], list[int]]) -> Iterator[Array]:
+    engine.add(0)
+    yield engine.prefill({0: draw(40)})
+    for count in (1, 7, 16):
+        engine.pop(0, count)
+        yield engine.decode({0: draw(1)[0]})
+
+
+def chains_verified(engine: Engine, draw: Callable[[int], list[int]]) -> Iterator[Array]:
+    engine.add(0)
+    engine.add(1)
+    yield engine.prefill({0: draw(21), 1: draw(10)})
+    for _ in range(3):
+        yield engine.verify({0: draw(4), 1: draw(6)})
+        engine.pop(0, 3)
+        engine.pop(1, 2)
+    yield engine.decode({0: draw(1)[0], 1: draw(1)[0]})
+
+
+SCRIPTS = [
+    whole_prompts,
+    chunked_prompts,
+    continuous_batch,
+    shared_prefix,
+    rolled_back,
+    chains_verified,
+]
+
+
+def logits(library: Any, script: Script) -> list[Array]:
+    rng = np.random.default_rng(0)
+    return list(script(Engine(library), lambda n: rng.integers(0, VOCABULARY, n).tolist()))
+
+
+def compare(ours: list[Array], theirs: list[Array]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert mine.shape == other.shape
+        assert np.isfinite(mine).all()
+        np.testing.assert_allclose(mine, other, atol=TOLERANCE, err_msg=f"step {step}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_same_logits_over_either_cache(family: str, script: Script) -> None:
+    ours = logits(compile_model(family), script)
+    compare(ours, logits(compile_model(family, cache="tvm"), script))
+
+
+def paths(tree: list[int]) -> Iterator[list[int]]:
+    """Of every node: the nodes from the root to it."""
+    for node in range(len(tree)):
+        path: list[int] = []
+        while node >= 0:
+            path.insert(0, node)
+            node = tree[node]
+        yield path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trees_give_each_node_the_logits_of_its_path(family: str) -> None:
+    """TVM's cache has no tree attention on a CPU that runs: there each path is a fork's chain."""
+    rng = np.random.default_rng(0)
+    ours = Engine(compile_model(family))
+    theirs = Engine(compile_model(family, cache="tvm"))
+    prompts = {seq_id: rng.integers(0, VOCABULARY, 20 + seq_id).tolist() for seq_id in range(2)}
+    for engine in (ours, theirs):
+        for seq_id in prompts:
+            engine.add(seq_id)
+        engine.prefill(prompts)
+    trees = [[-1, 0, 0, 1, 1, 2], [-1, 0, -1, 1]]
+    for leaves in ((3, 2), (5, 0), (0, 3)):
+        tokens = [rng.integers(0, VOCABULARY, len(tree)).tolist() for tree in trees]
+        found = ours.verify(dict(enumerate(tokens)), trees)
+        ours.commit([0, 1], leaves)
+        at = 0
+        for seq_id, tree in enumerate(trees):
+            for path in paths(tree):
+                theirs.fork(seq_id, 9)
+                chain = [tokens[seq_id][node] for node in path]
+                expected = theirs.prefill({9: chain})
+                theirs.remove(9)
+                np.testing.assert_allclose(found[at + path[-1]], expected[0], atol=TOLERANCE)
+                if path[-1] == leaves[seq_id]:
+                    kept = chain
+            theirs.prefill({seq_id: kept})
+            at += len(tree)
+    compare([ours.decode({0: 5, 1: 6})], [theirs.decode({0: 5, 1: 6})])

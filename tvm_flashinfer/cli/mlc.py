@@ -1,0 +1,32 @@
+"""``mlc``: mlc_llm's own command line, with our attention installed first."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+
+from ..errors import UserError
+
+#: Subcommands that run a model, for which mlc_llm's C++ library is needed.
+NEED_LIBRARY = ("chat", "serve", "router", "calibrate")
+
+
+def run_mlc(arguments: Sequence[str]) -> None:
+    """``mlc_llm ARGUMENTS``. What mlc_llm raises is passed on; its exit code is ours."""
+    import tvm_flashinfer.mlc  # noqa: F401
+    from tvm_flashinfer.mlc.bridges import library_file
+
+    command = arguments[0] if arguments else ""
+    if command in NEED_LIBRARY and "--help" not in arguments and library_file() is None:
+        raise UserError(
+            f"mlc_llm {command} needs libmlc_llm_module.so, which isn't built; build it as "
+            "https://llm.mlc.ai/docs/install/mlc_llm.html says. `tvm-flashinfer mlc compile`, "
+            "`convert_weight` and `gen_config` work without it"
+        )
+    before = sys.argv
+    sys.argv = ["mlc_llm", *arguments]
+    try:
+        runpy.run_module("mlc_llm", run_name="__main__")
+    finally:
+        sys.argv = before

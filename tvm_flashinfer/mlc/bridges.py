@@ -1,0 +1,242 @@
+"""What mlc_llm main needs of a TVM that the public wheel isn't: one entry for each upstream change.
+
+mlc_llm follows TVM's main branch with a delay of its own, so some names it uses have gone from the
+wheel, or its C++ library isn't there. Each :class:`Bridge` names the change, tells whether this
+TVM needs it, and makes up for it in the running process. A TVM or an mlc_llm that has caught up
+needs none, and none is applied then. No file on disk is changed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import runpy
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+__all__ = ["BRIDGES", "Bridge", "active", "apply", "library_file"]
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """One upstream change.
+
+    Attributes
+    ----------
+    name : str
+        What mlc_llm uses.
+    change : str
+        What became of it upstream, as a clause.
+    needed : callable
+        Whether it is missing here.
+    apply : callable
+        Makes up for it.
+    """
+
+    name: str
+    change: str
+    needed: Callable[[], bool]
+    apply: Callable[[], None]
+
+
+_active: list[Bridge] = []
+
+
+def active() -> list[Bridge]:
+    """The bridges that were applied in this process, in order."""
+    return list(_active)
+
+
+def apply() -> None:
+    """Apply what is needed and wasn't applied yet; mlc_llm must be on the path, not imported."""
+    for bridge in BRIDGES:
+        if bridge not in _active and bridge.needed():
+            bridge.apply()
+            _active.append(bridge)
+
+
+def _lacks(module: str, name: str) -> bool:
+    """Whether ``module`` has no attribute ``name``, which may be one of a class."""
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError:
+        return True
+    for part in name.split("."):
+        if not hasattr(found, part):
+            return True
+        found = getattr(found, part)
+    return False
+
+
+# -- names of expressions
+
+
+def _name_hint() -> None:
+    from tvm.ir import Var
+
+    Var.name_hint = property(lambda self: self.name)
+
+
+def _alias(name: str, isinstance_: Callable[[Any], bool], call: Callable[..., Any]) -> type:
+    """A class in name: what its instances are, and what calling it makes."""
+
+    class Meta(type):
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance_(instance)
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            return call(*args, **kwargs)
+
+    return Meta(name, (), {"__module__": __name__})
+
+
+def _relax_constant() -> None:
+    from tvm import relax
+    from tvm.ir import GenericConst
+    from tvm.runtime import Tensor
+
+    def is_constant(e: Any) -> bool:
+        return isinstance(e, GenericConst) and isinstance(e.value, Tensor)
+
+    relax.Constant = _alias("Constant", is_constant, lambda data, *_: relax.const(data))
+
+
+def _relax_string() -> None:
+    from tvm import relax
+    from tvm.ir import StringImm
+
+    relax.StringImm = StringImm
+
+
+def _relax_dtype() -> None:
+    import tvm
+    from tvm import relax
+    from tvm.ir import GenericConst
+
+    def is_dtype(e: Any) -> bool:
+        return isinstance(e, GenericConst) and isinstance(e.value, tvm.DataType)
+
+    def make(dtype: Any, *_: Any) -> Any:
+        return GenericConst(tvm.DataType(dtype), relax.AnyType())
+
+    relax.DataTypeImm = _alias("DataTypeImm", is_dtype, make)
+
+
+# -- scheduled TIR
+
+
+def _sblock() -> None:
+    from tvm import s_tir, tirx
+
+    tirx.SBlock, tirx.SBlockRealize = s_tir.SBlock, s_tir.SBlockRealize
+
+
+def _prim_func_buffers() -> None:
+    from tvm import tirx
+
+    def buffer_map(func: Any) -> dict[Any, Any]:
+        return {param: param for param in func.params if tirx.is_buffer_var(param)}
+
+    tirx.PrimFunc.buffer_map = property(buffer_map)
+
+
+def _stmt_functor() -> None:
+    import tvm_ffi
+    from tvm import tirx
+    from tvm.ir import Var
+
+    def substitute(node: Any, replacements: Mapping[Any, Any]) -> Any:
+        return tvm_ffi.structural_map(node, (Var, lambda var: replacements.get(var, var)))
+
+    def post_order_visit(node: Any, visit: Callable[[Any], None]) -> None:
+        def callback(value: Any) -> None:
+            visit(value)
+
+        tvm_ffi.structural_walk(node, callback)
+
+    module = ModuleType("tvm.tirx.stmt_functor")
+    module.substitute = substitute  # type: ignore[attr-defined]
+    module.post_order_visit = post_order_visit  # type: ignore[attr-defined]
+    sys.modules[module.__name__] = module
+    tirx.stmt_functor = module
+
+
+# -- mlc_llm's own library
+
+
+def library_file() -> str | None:
+    """mlc_llm's C++ library, if it has been built; mlc_llm must be importable."""
+    spec = importlib.util.find_spec("mlc_llm")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    source = os.path.join(spec.submodule_search_locations[0], "libinfo.py")
+    libinfo = runpy.run_path(source)
+    for name in ("mlc_llm_module", "mlc_llm"):
+        if found := libinfo["find_lib_path"](name, optional=True):
+            return str(found[0])
+    return None
+
+
+def _skip_library() -> None:
+    from tvm_ffi import registry
+
+    # The first is read when mlc_llm is imported; subprocesses inherit it.
+    os.environ["SKIP_LOADING_MLCLLM_SO"] = "1"
+    registry._SKIP_UNKNOWN_OBJECTS = True
+
+
+#: What ``import mlc_llm`` and its compiler need of TVM.
+BRIDGES = (
+    Bridge(
+        "Var.name_hint",
+        "TVM 0.27 calls it Var.name",
+        lambda: _lacks("tvm.ir", "Var.name_hint"),
+        _name_hint,
+    ),
+    Bridge(
+        "relax.Constant",
+        "TVM 0.27 has ir.GenericConst, made by relax.const",
+        lambda: _lacks("tvm.relax", "Constant"),
+        _relax_constant,
+    ),
+    Bridge(
+        "relax.StringImm",
+        "TVM 0.27 has it in tvm.ir",
+        lambda: _lacks("tvm.relax", "StringImm"),
+        _relax_string,
+    ),
+    Bridge(
+        "relax.DataTypeImm",
+        "TVM 0.27 has ir.GenericConst of a dtype",
+        lambda: _lacks("tvm.relax", "DataTypeImm"),
+        _relax_dtype,
+    ),
+    Bridge(
+        "tirx.SBlock",
+        "TVM 0.27 has SBlock and SBlockRealize in tvm.s_tir",
+        lambda: _lacks("tvm.tirx", "SBlock"),
+        _sblock,
+    ),
+    Bridge(
+        "PrimFunc.buffer_map",
+        "in TVM 0.27 buffers are parameters themselves",
+        lambda: _lacks("tvm.tirx", "PrimFunc.buffer_map"),
+        _prim_func_buffers,
+    ),
+    Bridge(
+        "tirx.stmt_functor",
+        "tvm-ffi 0.1.15 has structural_map and structural_walk",
+        lambda: _lacks("tvm.tirx", "stmt_functor"),
+        _stmt_functor,
+    ),
+    Bridge(
+        "libmlc_llm_module.so",
+        "not built: compiling works, chat and serve need it",
+        lambda: library_file() is None,
+        _skip_library,
+    ),
+)

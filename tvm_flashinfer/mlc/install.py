@@ -1,0 +1,91 @@
+"""Puts our passes into mlc_llm's pipeline, and our command line into what mlc_llm starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from .. import _library
+from . import bridges
+from .find import MLCNotFoundError, mlc_llm_folder
+
+#: Passes of mlc_llm's pipeline that were replaced, by name: to be put back by :func:`uninstall`.
+_replaced: dict[str, Any] = {}
+
+
+def install() -> None:
+    """Make mlc_llm compile with our KV cache and linear layers; a second call does nothing.
+
+    Raises
+    ------
+    MLCNotFoundError
+        mlc_llm isn't there, or lacks something it needs.
+    """
+    if _replaced:
+        return
+    mlc_llm_folder()
+    _library.load()
+    bridges.apply()
+    try:
+        from mlc_llm.compiler_pass import pipeline
+        from mlc_llm.interface import jit
+    except ImportError as error:
+        raise MLCNotFoundError(
+            f"mlc_llm can't be imported: {error}; install what its requirements.txt names"
+        ) from error
+    _replace(pipeline, "DispatchKVCacheCreation", _dispatch_kv_cache)
+    _replace(pipeline, "FuseTransposeMatmul", _with_linear(pipeline.FuseTransposeMatmul))
+    _replace(jit, "subprocess", _OurSubprocess())
+
+
+def uninstall() -> None:
+    """Give mlc_llm its own passes back; bridges stay."""
+    for path, value in _replaced.items():
+        module, _, name = path.rpartition(".")
+        setattr(sys.modules[module], name, value)
+    _replaced.clear()
+
+
+def _replace(module: ModuleType, name: str, value: Any) -> None:
+    _replaced[f"{module.__name__}.{name}"] = getattr(module, name)
+    setattr(module, name, value)
+
+
+def _dispatch_kv_cache(target: Any, flashinfer: bool, metadata: dict[str, Any]) -> Any:
+    """In place of mlc_llm's pass: ours makes the cache whether FlashInfer was asked for or not."""
+    from relax_passes.dispatch_kv_cache import DispatchKVCache
+
+    return DispatchKVCache(target, metadata)
+
+
+def _with_linear(fuse_transpose_matmul: Callable[[], Any]) -> Callable[[], Any]:
+    """Ours looks for the same matmuls, so it comes right before mlc_llm's pass.
+
+    After those that fuse dequantisation, which takes quantised layers away from it.
+    """
+
+    def make() -> Any:
+        import tvm
+
+        from relax_passes.dispatch_linear import DispatchLinear
+
+        return tvm.transform.Sequential([DispatchLinear(), fuse_transpose_matmul()])
+
+    return make
+
+
+class _OurSubprocess:
+    """``subprocess`` for mlc_llm.interface.jit: the compiler it starts is ours as well."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(subprocess, name)
+
+    @staticmethod
+    def run(command: list[str], **options: Any) -> Any:
+        theirs = [sys.executable, "-m", "mlc_llm"]
+        if command[:3] == theirs:
+            command = [sys.executable, "-m", "tvm_flashinfer", "mlc", *command[3:]]
+        return subprocess.run(command, **options)
