@@ -1,4 +1,4 @@
-"""DispatchLinear: linear layers to ``tvm_flashinfer.linear``, for CPU targets."""
+"""DispatchLinear: linear layers to ``tvm_flashinfer.linear``, on CUDA to cuBLASLt."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from relax_passes.graph import (
 
 FUNCTION_NK = "tvm_flashinfer.linear"
 FUNCTION_KN = "tvm_flashinfer.linear_kn"
+CUDA_FUNCTION_NK = "tvm_flashinfer.linear_cuda"
+CUDA_FUNCTION_KN = "tvm_flashinfer.linear_cuda_kn"
 DTYPES = ("float32", "float16", "bfloat16")
-CPU_DEVICE_TYPE = 1
+CPU_DEVICE_TYPE, CUDA_DEVICE_TYPE = 1, 2
 
 
 class _LeftAloneError(Exception):
@@ -66,9 +68,12 @@ class _Linear:
     weight: relax.Expr
     layout: str
     bias: relax.Expr | None = None
+    on_cuda: bool = False
 
     @property
     def function(self) -> str:
+        if self.on_cuda:
+            return CUDA_FUNCTION_NK if self.layout == "NK" else CUDA_FUNCTION_KN
         return FUNCTION_NK if self.layout == "NK" else FUNCTION_KN
 
 
@@ -106,8 +111,9 @@ class DispatchLinear:
     Parameters
     ----------
     target : tvm.target.Target | None
-        What the module is compiled for; the current target by default. Other devices than CPUs are
-        left alone.
+        What the module is compiled for; the current target by default. Devices other than CPUs and
+        CUDA are left alone; on CUDA the functions are ``linear_cuda`` and ``linear_cuda_kn``, which
+        take operands of one dtype.
     report : list[LinearSite] | None
         Gets one entry for each matmul of the module, in order.
 
@@ -180,7 +186,14 @@ def _find(
             reason="",
         )
         try:
-            linear = _with_epilogue(graph, weights, _match(graph, weights, binding, target))
+            linear = _match(graph, weights, binding, target)
+            with_epilogue = _with_epilogue(graph, weights, linear)
+            if _accepted(with_epilogue):
+                linear = with_epilogue
+            elif not _accepted(linear):
+                raise _LeftAloneError(
+                    "cuBLASLt takes x and a weight of one dtype, and gives that or float32"
+                )
         except _LeftAloneError as why:
             report.append(replace(site, reason=str(why)))
             continue
@@ -215,7 +228,7 @@ def _match(
             raise _LeftAloneError(f"the {what} is {dtype_of(expr)}, not one of {', '.join(DTYPES)}")
     if dtype_of(binding.var) not in DTYPES:
         raise _LeftAloneError(f"the result is {dtype_of(binding.var)}")
-    _require_cpu(binding.var.ty, target)
+    on_cuda = _on_cuda(binding.var.ty, target)
     x_shape, shape = shape_of(x), shape_of(right)
     if x_shape is None or shape is None:
         raise _LeftAloneError("the dimensions of the operands are not known one by one")
@@ -241,7 +254,16 @@ def _match(
             + (f" (relax.{op})" if op else "")
             + ", no parameter or constant"
         )
-    return _Linear(binding.var, x, weight, layout)
+    return _Linear(binding.var, x, weight, layout, on_cuda=on_cuda)
+
+
+def _accepted(linear: _Linear) -> bool:
+    """Whether the function takes these dtypes; the CPU's takes any."""
+    if not linear.on_cuda:
+        return True
+    x, out = dtype_of(linear.x), dtype_of(linear.result)
+    bias_fits = linear.bias is None or dtype_of(linear.bias) == out
+    return dtype_of(linear.weight) == x and out in (x, "float32") and bias_fits
 
 
 def _with_epilogue(graph: Graph, weights: set[Any], linear: _Linear) -> _Linear:
@@ -291,10 +313,12 @@ def _weight_params(func: relax.Function) -> set[Any]:
     return set(list(func.params)[inputs:])
 
 
-def _require_cpu(ty: relax.TensorType, target: tvm.target.Target) -> None:
+def _on_cuda(ty: relax.TensorType, target: tvm.target.Target) -> bool:
     where = target if ty.vdevice is None else ty.vdevice.target
-    if where.get_target_device_type() != CPU_DEVICE_TYPE:
-        raise _LeftAloneError(f"it runs on {where.kind.name}, not on a CPU")
+    device_type = where.get_target_device_type()
+    if device_type not in (CPU_DEVICE_TYPE, CUDA_DEVICE_TYPE):
+        raise _LeftAloneError(f"it runs on {where.kind.name}, not on a CPU or CUDA")
+    return device_type == CUDA_DEVICE_TYPE
 
 
 def _widens(cast: relax.Call) -> bool:

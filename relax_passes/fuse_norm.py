@@ -1,4 +1,4 @@
-"""FuseRMSNorm: RMS normalisation as one CPU kernel, with the residual addition before it."""
+"""FuseRMSNorm: RMS normalisation as one kernel, with the residual addition before it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.script import tirx as T
 
+from relax_passes import norm_cuda
 from relax_passes.graph import (
     Graph,
     axis_of,
@@ -55,10 +56,18 @@ class FuseRMSNorm:
 
     In 16 bits the casts to float32 and back are part of the pattern.  Without a residual addition
     ``rms_norm`` has one output.  Each row is summed in a fixed order, whatever the batch.
+
+    Parameters
+    ----------
+    target : tvm.target.Target | None
+        CUDA's kernel is another one (norm_cuda.py); a CPU's by default.
     """
 
+    def __init__(self, target: tvm.target.Target | None = None) -> None:
+        self.on_cuda = target is not None and target.kind.name == "cuda"
+
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
-        rewriter = _Rewriter(mod)
+        rewriter = _Rewriter(mod, self.on_cuda)
         for gvar, func in mod.functions_items():
             if isinstance(func, relax.Function):
                 norms = _find(func)
@@ -168,8 +177,9 @@ def _with_residual(graph: Graph, place: dict[Any, int], norm: _Norm) -> _Norm:
 
 @mutator
 class _Rewriter(PyExprMutator):
-    def __init__(self, mod: tvm.IRModule) -> None:
+    def __init__(self, mod: tvm.IRModule, on_cuda: bool) -> None:
         super().__init__(mod)
+        self.on_cuda = on_cuda
         self.norms: dict[Any, _Norm] = {}
         self.residuals: dict[Any, _Norm] = {}
         self.ready: dict[Any, Any] = {}
@@ -210,7 +220,11 @@ class _Rewriter(PyExprMutator):
         rows = tvm.sym.Analyzer().simplify(rows) if not isinstance(rows, int) else rows
         x_dtype, dtype = dtype_of(norm.x), dtype_of(norm.out)
         residual = len(inputs) == 2
-        kernel = _kernel(width, x_dtype, dtype, norm.epsilon, residual, self._elements(rows, width))
+        if self.on_cuda:
+            kernel = norm_cuda.kernel(width, x_dtype, dtype, norm.epsilon, residual)
+        else:
+            elements = self._elements(rows, width)
+            kernel = _kernel(width, x_dtype, dtype, norm.epsilon, residual, elements)
         name = "add_rms_norm" if residual else "rms_norm"
         gvar = self.builder_.add_func(kernel.with_attrs(_ATTRS), name)
         flat = [emit(relax.op.reshape(x, [rows, width])) for x in inputs]

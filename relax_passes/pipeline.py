@@ -101,10 +101,14 @@ def compile_causal_lm(
     max_batch: int = 8,
     max_seq_len: int | None = None,
     prefill_chunk_size: int | None = None,
+    cuda_graph: bool = True,
     progress: Callable[[str], None] | None = None,
     **graph_options: Any,
 ) -> CompiledCausalLM:
-    """Compile an imported model for a CPU.
+    """Compile an imported model for a CPU, or for CUDA (``"cuda -arch=sm_90a"``).
+
+    For CUDA the device code is compiled by nvcc, on a machine with or without a GPU; linear layers
+    go to cuBLASLt, and a decoding step runs as one CUDA graph.
 
     Parameters
     ----------
@@ -121,6 +125,8 @@ def compile_causal_lm(
         4096.
     prefill_chunk_size : int | None
         Most tokens in one prefill; None takes 512, at most ``max_seq_len``.
+    cuda_graph : bool
+        On CUDA, run each decoding step as one CUDA graph (attention "ours").
     progress : callable | None
         Told the name of each stage as it starts.
     **graph_options
@@ -181,9 +187,14 @@ def compile_causal_lm(
         library = tvm.runtime.load_static_library(kernel.object_path, [kernel.symbol])
         module = module.with_attr("external_mods", [library])
     say("lower")
-    pipeline = lower_pipeline(where) if attention == "ours" else baseline_pipeline(where)
+    pipeline = (
+        lower_pipeline(where, cuda_graph=cuda_graph)
+        if attention == "ours"
+        else baseline_pipeline(where)
+    )
     say("build library")
-    executable = tvm.compile(module, target=where, relax_pipeline=pipeline)
+    with _toolchain(where):
+        executable = tvm.compile(module, target=where, relax_pipeline=pipeline)
     compiled = CompiledCausalLM(
         executable=executable,
         params=params,
@@ -204,11 +215,12 @@ def _build_kernel(
     imported: ImportedCausalLM, target: tvm.target.Target, say: Callable[[str], None]
 ) -> Any:
     """The attention kernel for the heads and dtype the graph turns out to have."""
-    from tvm_flashinfer import jit
+    from tvm_flashinfer import jit, jit_cuda
 
-    if target.kind.name != "llvm":
+    if target.kind.name not in ("llvm", "cuda"):
         raise CompileError(
-            f"target kind is {target.kind.name!r}; attention 'ours' is built for llvm targets."
+            f"target kind is {target.kind.name!r}; attention 'ours' is built for llvm and cuda "
+            "targets."
         )
     heads = {
         (site.q.head_dim, site.v.head_dim)
@@ -224,7 +236,21 @@ def _build_kernel(
         spec = jit.AttentionSpec(imported.dtype, imported.dtype, dim_qk, dim_vo, "causal")
     except ValueError as err:
         raise CompileError(f"no kernel for this model: {err}.") from err
+    if target.kind.name == "cuda":
+        try:
+            return jit_cuda.build_attention(spec, arch=str(target.attrs["arch"]), progress=say)
+        except ValueError as err:
+            raise CompileError(f"no CUDA kernel for this model: {err}.") from err
     return jit.build_attention(spec, mcpu=kernel_cpu(target), progress=say)
+
+
+def _toolchain(target: tvm.target.Target) -> contextlib.AbstractContextManager[None]:
+    """What TVM needs around it to compile for the target."""
+    if target.kind.name != "cuda":
+        return contextlib.nullcontext()
+    from relax_passes.pipeline_cuda import toolchain
+
+    return toolchain(target)
 
 
 def _metadata(imported: ImportedCausalLM, compiled: CompiledCausalLM) -> dict[str, Any]:
@@ -261,10 +287,12 @@ def baseline_pipeline(target: tvm.target.Target) -> tvm.transform.Pass:
     return relax.get_default_pipeline(target)
 
 
-def lower_pipeline(target: tvm.target.Target) -> tvm.transform.Pass:
-    """From a paginated module to VM functions, for a CPU: linear layers to a BLAS, the rest
-    fused.
-    """
+def lower_pipeline(target: tvm.target.Target, *, cuda_graph: bool = True) -> tvm.transform.Pass:
+    """From a paginated module to VM functions: linear layers to a BLAS, the rest fused."""
+    if target.kind.name == "cuda":
+        from relax_passes import pipeline_cuda
+
+        return pipeline_cuda.lower_pipeline(target, capture=cuda_graph)
     from relax_passes.dispatch_linear import DispatchLinear
     from relax_passes.fold_layout import FoldLayout
     from relax_passes.fuse_norm import FuseRMSNorm

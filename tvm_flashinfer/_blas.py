@@ -22,9 +22,22 @@ def find_blas() -> Path | None:
     return None
 
 
+def find_cublaslt() -> Path | None:
+    """cuBLASLt in NVIDIA's wheels (``nvidia-cublas``), None if they aren't installed."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*/lib/libcublasLt.so.*")):
+            return path
+    return None
+
+
 def register_blas() -> None:
-    """Tells the loaded library where BLAS is; loads nothing."""
+    """Tells the loaded library where BLAS and cuBLASLt are; loads nothing."""
     import tvm_ffi
+
+    cublaslt = find_cublaslt()
+    if cublaslt is not None:
+        tvm_ffi.get_global_func("tvm_flashinfer.set_cublaslt_path")(str(cublaslt))
 
     path = find_blas()
     if path is not None:

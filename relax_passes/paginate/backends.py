@@ -29,6 +29,9 @@ class CacheShape:
 
 
 class Backend(Protocol):
+    #: The packed function that gives a cache's query positions.
+    query_positions: str
+
     def attention(
         self, emit: Emitter, cache: Any, layer: int, scale: float, q: Any, k: Any, v: Any
     ) -> Any:
@@ -41,6 +44,9 @@ class Backend(Protocol):
 
 class Ours:
     """tvm_flashinfer's KV cache and kernels; ``kernel`` names the attention kernel's factory."""
+
+    # Not TVM's: graph capture excludes vm.builtin functions by their names.
+    query_positions = "tvm_flashinfer.kv_cache_query_positions"
 
     def __init__(self, kernel: str) -> None:
         self.kernel = kernel
@@ -73,6 +79,8 @@ class Ours:
 
 class Tir:
     """TVM's paged KV cache with its TIR kernels."""
+
+    query_positions = "vm.builtin.attention_kv_cache_get_query_positions"
 
     def __init__(self, target: tvm.target.Target) -> None:
         self.target = target

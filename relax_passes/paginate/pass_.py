@@ -33,7 +33,7 @@ class PaginateAttention:
     After::
 
         def decode(input_ids: Tensor[(1, 1), "int32"], kv_cache, params: Tuple[w0, w1, ...]):
-            positions = R.call_pure_packed("vm.builtin.attention_kv_cache_get_query_positions", ...)
+            positions = R.call_pure_packed("tvm_flashinfer.kv_cache_query_positions", kv_cache)
             ...
             o = R.call_dps_packed("tvm_flashinfer.kv_cache_attention",
                                   (kv_cache, layer, scale, q, k, v), out_ty=...)

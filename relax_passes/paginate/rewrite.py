@@ -195,7 +195,7 @@ class _Body:
         if self._positions is None:
             self._positions = self.emit.emit(
                 relax.call_pure_packed(
-                    "vm.builtin.attention_kv_cache_get_query_positions",
+                    self.writer.backend.query_positions,
                     self.cache,
                     ty_args=relax.TensorType((self.signature.tokens,), "int32"),
                 )

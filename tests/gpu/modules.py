@@ -38,7 +38,7 @@ def build_everything() -> None:
     build_plan(FOLDER)
     build_read_floor(FOLDER, ARCH)
     for name, compiled in build(list(MODULES)).items():
-        print(name, compiled.library.name)
+        print(ARCH, name, compiled.library.name)
 
 
 if __name__ == "__main__":

@@ -241,11 +241,18 @@ def test_branches_are_left_alone() -> None:
     assert [site.reason for site in report] == ["it is inside a branch or a nested function"] * 2
 
 
-def test_other_devices_are_left_alone() -> None:
+def test_cuda_goes_to_cublaslt_in_dtypes_that_it_takes() -> None:
     target = tvm.target.Target({"kind": "cuda", "arch": "sm_90"})
     after, report = dispatch(Linears, target)
+    assert ops(after) == ["tvm_flashinfer.linear_cuda", "nn.gelu", "tvm_flashinfer.linear_cuda_kn"]
+    relax.analysis.well_formed(after)
+    assert all(site.rewritten for site in report)
+
+
+def test_other_devices_are_left_alone() -> None:
+    after, report = dispatch(Linears, tvm.target.Target("opencl"))
     tvm.ir.assert_structural_equal(after, Linears)
-    assert {site.reason for site in report} == {"it runs on cuda, not on a CPU"}
+    assert {site.reason for site in report} == {"it runs on opencl, not on a CPU or CUDA"}
 
 
 def test_the_target_may_be_the_current_one_but_must_be_known() -> None:

@@ -72,7 +72,8 @@ def test_report(compiled: CompiledCausalLM) -> None:
         ({"max_seq_len": 100_000}, "accepted are 1 to 256"),
         ({"prefill_chunk_size": 0}, "prefill_chunk_size is 0"),
         ({"target": "no_such_kind"}, "'no_such_kind' is no target"),
-        ({"target": "cuda"}, "llvm targets"),
+        ({"target": "opencl"}, "llvm and cuda targets"),
+        ({"target": "cuda -arch=sm_75"}, "expected sm_80 or later"),
         ({"attention": "tir", "page_size": 8}, "accept 16"),
     ],
 )

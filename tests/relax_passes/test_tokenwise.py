@@ -97,7 +97,7 @@ def test_refused_by_name(name: str) -> None:
 
 def test_positions_come_from_the_cache() -> None:
     text = paginate(model(positions=positions_as_floats))["decode"].script()
-    assert "attention_kv_cache_get_query_positions" in text
+    assert "tvm_flashinfer.kv_cache_query_positions" in text
     assert "arange" not in text
 
 

@@ -1,0 +1,182 @@
+# Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+"""A whole model on a real device: the KV cache in its memory, linear layers by cuBLASLt, decoding
+steps as CUDA graphs; against torch's float32 logits, and captured against eager bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness.runtime import Model, load, saved_params
+from modules import FOLDER
+
+MODELS = FOLDER / "models"
+pytestmark = pytest.mark.skipif(
+    not (MODELS / "tiny.so").is_file(), reason="no compiled models: scripts/gpu_bundle.sh"
+)
+#: Of the largest logit; fp16 weights and activations against float32.
+TOLERANCE = 1e-2
+
+
+@pytest.fixture(scope="module")
+def params() -> list[torch.Tensor]:
+    return saved_params(MODELS / "tiny_params.npz")
+
+
+@pytest.fixture(scope="module")
+def captured(params: list[torch.Tensor]) -> Model:
+    return Model(MODELS, "tiny", params)
+
+
+@pytest.fixture(scope="module")
+def eager(params: list[torch.Tensor]) -> Model:
+    return Model(MODELS, "tiny_eager", params)
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple[np.ndarray, np.ndarray]:
+    with np.load(MODELS / "tiny_reference.npz") as data:
+        return data["ids"], data["logits"]
+
+
+def tokens(ids: Any) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(ids, np.int32)).cuda()
+
+
+def restart(model: Model, sequences: range) -> None:
+    model.state("clear")
+    for sequence in sequences:
+        model.state("add_sequence", sequence)
+
+
+def close(logits: torch.Tensor, expected: np.ndarray) -> None:
+    got = logits.reshape(expected.shape).cpu().numpy()
+    assert np.abs(got - expected).max() < TOLERANCE * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("which", ["eager", "captured"])
+def test_prefill_and_decode(which: str, reference: Any, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(which)
+    ids, logits = reference
+    restart(model, range(1))
+    close(model.step("prefill", [0], [100], tokens(ids[:1, :100])), logits[0, 99])
+    close(model.step("prefill", [0], [28], tokens(ids[:1, 100:128])), logits[0, 127])
+    for position in range(128, 300):
+        step = model.step("decode", [0], [1], tokens(ids[:1, position : position + 1]))
+        close(step, logits[0, position])
+
+
+@pytest.mark.parametrize("which", ["eager", "captured"])
+def test_batches(which: str, reference: Any, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(which)
+    ids, logits = reference
+    restart(model, range(4))
+    lengths = np.array([5, 33, 2, 16])
+    ragged = np.concatenate([ids[n, :length] for n, length in enumerate(lengths)])[None]
+    last = tokens(np.cumsum(lengths) - 1)
+    out = model.step("batch_prefill", [0, 1, 2, 3], lengths.tolist(), tokens(ragged), last)
+    close(out, np.stack([logits[n, length - 1] for n, length in enumerate(lengths)]))
+    for step in range(40):
+        at = lengths + step
+        column = np.array([ids[n, at[n]] for n in range(4)])[:, None]
+        out = model.step("batch_decode", [0, 1, 2, 3], [1] * 4, tokens(column))
+        close(out, np.stack([logits[n, at[n]] for n in range(4)]))
+
+
+def test_replays_equal_eager_steps(captured: Model, eager: Model) -> None:
+    """500 steps; sequences come, grow and go; every batch size has a graph of its own."""
+    rng = np.random.default_rng(0)
+    for model in (captured, eager):
+        restart(model, range(0))
+    alive: list[int] = []
+    next_id = 0
+    for _ in range(500):
+        if not alive or (len(alive) < 8 and rng.random() < 0.2):
+            count = int(rng.integers(1, 100))
+            prompt = tokens(rng.integers(0, 320, (1, count)))
+            outs = []
+            for model in (captured, eager):
+                model.state("add_sequence", next_id)
+                outs.append(model.step("prefill", [next_id], [count], prompt))
+            assert torch.equal(*outs)
+            alive.append(next_id)
+            next_id += 1
+        elif rng.random() < 0.1:
+            gone = alive.pop(int(rng.integers(len(alive))))
+            for model in (captured, eager):
+                model.state("remove_sequence", gone)
+            continue
+        order = rng.permutation(alive).tolist()
+        column = tokens(rng.integers(0, 320, (len(order), 1)))
+        outs = [
+            model.step("batch_decode", order, [1] * len(order), column)
+            for model in (captured, eager)
+        ]
+        assert torch.equal(*outs)
+        assert torch.isfinite(outs[0]).all()
+
+
+def test_steps_need_no_synchronisation(captured: Model, eager: Model) -> None:
+    """1,000 steps back to back, over page boundaries; then the same with a wait after each."""
+    ids = torch.randint(0, 320, (1000, 4, 1), dtype=torch.int32, device="cuda")
+    outs = []
+    for model, wait in ((captured, False), (eager, True)):
+        restart(model, range(4))
+        for sequence in range(4):
+            model.step("prefill", [sequence], [3 + sequence], ids[: 3 + sequence, 0].T.contiguous())
+        torch.cuda.synchronize()
+        kept = []
+        for step in range(1000):
+            logits = model.step("batch_decode", [0, 1, 2, 3], [1] * 4, ids[step])
+            if wait:
+                torch.cuda.synchronize()
+            if step % 50 == 49:
+                kept.append(logits.clone())
+        torch.cuda.synchronize()
+        outs.append(torch.stack(kept))
+    assert torch.equal(*outs)
+
+
+def test_caches_share_no_graph(captured: Model, eager: Model) -> None:
+    second = captured.new_cache()
+    expected = []
+    for model, caches in ((captured, (None, second)), (eager, (None,))):
+        for n, cache in enumerate(caches if model is captured else (None, None)):
+            if cache is None:
+                restart(model, range(1))
+            else:
+                model.state("add_sequence", 0, cache=cache)
+            prompt = tokens(np.arange(20 + 7 * n) % 320)[None]
+            model.step("prefill", [0], [20 + 7 * n], prompt, cache=cache)
+            for token in (3, 5):
+                out = model.step("decode", [0], [1], tokens([[token + n]]), cache=cache)
+            expected.append(out.clone())
+    assert torch.equal(expected[0], expected[2])
+    assert torch.equal(expected[1], expected[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 3, 64, 200])
+@pytest.mark.parametrize("layout", ["nk", "kn"])
+def test_linear(dtype: torch.dtype, rows: int, layout: str) -> None:
+    import tvm_ffi
+
+    tvm = load()
+    torch.manual_seed(rows)
+    k, n = 256, 136
+    x = torch.randn(rows, k, dtype=dtype, device="cuda")
+    weight = torch.randn(n, k, dtype=dtype, device="cuda") / 16
+    given = weight if layout == "nk" else weight.T.contiguous()
+    function = tvm.get_global_func("tvm_flashinfer.linear_cuda" + ("" if layout == "nk" else "_kn"))
+    for out_dtype in {dtype, torch.float32}:
+        bias = torch.randn(n, dtype=out_dtype, device="cuda")
+        for operands in ([x, given], [x, given, bias]):
+            out = torch.full((rows, n), float("nan"), dtype=out_dtype, device="cuda")
+            torch.cuda.synchronize()
+            function(*(tvm_ffi.from_dlpack(t) for t in [*operands, out]))
+            torch.cuda.synchronize()
+            want = x.double() @ weight.double().T + (bias.double() if len(operands) == 3 else 0)
+            error = (out.double() - want).norm() / want.norm()
+            assert error < (1e-5 if dtype is torch.float32 else 4e-3)

@@ -1,0 +1,103 @@
+"""A decoding step compiled for CUDA is one captured region, keyed by what it reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tvm
+from checkpoints import make_model
+from tvm import relax
+
+from relax_passes.capture import COPY, KEY, RUN_OR_CAPTURE
+from relax_passes.importer import import_causal_lm
+from relax_passes.paginate import PaginateAttention
+from relax_passes.pipeline_cuda import lower_pipeline, toolchain
+from tvm_flashinfer.jit import CompilerError
+from tvm_flashinfer.jit_cuda import find_nvcc
+
+TARGET = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"})
+
+
+@pytest.fixture(scope="module")
+def module() -> tvm.IRModule:
+    imported = import_causal_lm(make_model("llama", num_hidden_layers=2), dtype="float16")
+    return PaginateAttention("ours", kernel="kernel", max_batch=4)(imported.module)
+
+
+def calls(func: relax.Function) -> list[str]:
+    """Packed functions of a function, in order; a builtin with context by the function's name."""
+    names = []
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            value: Any = binding.value
+            if not isinstance(value, relax.Call):
+                continue
+            if isinstance(value.op, relax.ExternFunc):
+                names.append(str(value.op.global_symbol))
+            elif value.args and isinstance(value.args[0], relax.ExternFunc):
+                names.append(str(value.args[0].global_symbol))
+    return names
+
+
+def lowered(module: tvm.IRModule, *, capture: bool) -> tvm.IRModule:
+    """The module right before it becomes VM functions."""
+    seen: list[tvm.IRModule] = []
+
+    @tvm.transform.module_pass(opt_level=0, name="LowerAllocTensor")
+    def watch(mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
+        seen.append(mod)
+        return mod
+
+    real = relax.transform.LowerAllocTensor
+    relax.transform.LowerAllocTensor = lambda: tvm.transform.Sequential([watch, real()])
+    try:
+        lower_pipeline(TARGET, capture=capture)(module)
+    finally:
+        relax.transform.LowerAllocTensor = real
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", ["decode", "batch_decode"])
+def test_a_step_is_one_region_between_two_copies(module: tvm.IRModule, name: str) -> None:
+    after = lowered(module, capture=True)
+    outer = [c for c in calls(after[name]) if not c.startswith("vm.builtin.cuda_graph.get")]
+    assert outer == [COPY, KEY, RUN_OR_CAPTURE, COPY]
+    inner = calls(after[f"{name}_cuda_graph_capture"])
+    assert inner.count("tvm_flashinfer.kv_cache_attention") == 2
+    assert inner.count("tvm_flashinfer.kv_cache_query_positions") == 1
+    assert not any(c.startswith("vm.builtin") for c in inner)
+
+
+def test_without_capture_nothing_is_moved(module: tvm.IRModule) -> None:
+    after = lowered(module, capture=False)
+    found = calls(after["batch_decode"])
+    assert found.count("tvm_flashinfer.kv_cache_attention") == 2
+    assert not {COPY, KEY, RUN_OR_CAPTURE} & set(found)
+
+
+def test_every_kernel_is_bound_to_threads(module: tvm.IRModule) -> None:
+    """What dlight leaves serial would fail, or crawl, on a GPU."""
+    after = lowered(module, capture=False)
+    for gvar, func in after.functions_items():
+        if isinstance(func, tvm.tirx.PrimFunc):
+            assert "blockIdx.x" in func.script(), gvar.name_hint
+
+
+def test_device_code_is_compiled_without_a_gpu() -> None:
+    try:
+        find_nvcc()
+    except CompilerError:
+        pytest.skip("no nvcc")
+    n = tvm.tirx.Var("n", "int64")
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((n, 64), "float16"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            out = builder.emit_output(relax.op.nn.silu(x))
+        builder.emit_func_output(out)
+    with toolchain(TARGET):
+        executable = tvm.compile(
+            builder.get(), target=TARGET, relax_pipeline=lower_pipeline(TARGET)
+        )
+    assert executable.mod is not None
