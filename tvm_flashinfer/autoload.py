@@ -25,8 +25,10 @@ SYMBOL = "tvm_flashinfer_autoload"
 #: What compiled models call: the functions that get an explanation where ours can't be loaded.
 FUNCTIONS = (
     "tvm_flashinfer.kv_cache_create",
+    "tvm_flashinfer.kv_cache_create_mla",
     "tvm_flashinfer.kv_cache_create_rope",
     "tvm_flashinfer.kv_cache_create_split_rotary",
+    "tvm_flashinfer.kv_cache_with_sliding_layers",
     "tvm_flashinfer.kv_cache_attention",
     "tvm_flashinfer.kv_cache_attention_bhsd",
     "tvm_flashinfer.linear",

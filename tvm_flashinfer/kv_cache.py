@@ -27,6 +27,7 @@ import tvm
 import tvm_ffi
 
 from . import _library
+from . import variant as variants
 from .jit import AttentionSpec, Progress, build_attention, load_kernel
 from .rope import RopeConfig
 
@@ -71,6 +72,8 @@ class KVCache:
         first_layer: int = 0,
         rope: RopeConfig | None = None,
         sliding_window: bool = False,
+        window_layers: Sequence[int] = (),
+        layer_window: int = 0,
         mcpu: str = "native",
         progress: Progress | None = None,
     ) -> KVCache:
@@ -96,6 +99,9 @@ class KVCache:
             The cache rotates new queries and keys. Unless given, they come rotated.
         sliding_window : bool
             Sequences may be given a window: see :meth:`enable_sliding_window`.
+        window_layers, layer_window : sequence of int, int
+            In these layers a query sees ``layer_window`` tokens, itself included; the others see
+            whole sequences. Not together with ``sliding_window``.
         mcpu : str
             The CPU to compile the kernel for.
         progress : callable, optional
@@ -126,6 +132,63 @@ class KVCache:
             kernel,
             tvm.runtime.empty((0,), pool_dtype),
             *rotation,
+        )
+        if window_layers:
+            windowed = AttentionSpec(dtype, pool_dtype, head_dim, dim_vo, variants.sliding_window)
+            handle = _function("tvm_flashinfer.kv_cache_with_sliding_layers")(
+                handle,
+                tvm_ffi.Shape(window_layers),
+                layer_window,
+                load_kernel(build_attention(windowed, mcpu=mcpu, progress=progress)),
+            )
+        return cls(handle)
+
+    @classmethod
+    def create_mla(
+        cls,
+        *,
+        num_layers: int,
+        num_qo_heads: int,
+        latent_dim: int,
+        rope_dim: int,
+        own_head_dim: int,
+        own_head_dim_vo: int,
+        max_total_seq_len: int,
+        max_batch_size: int = 32,
+        prefill_chunk_size: int = 2048,
+        page_size: int = 16,
+        dtype: str = "float32",
+        first_layer: int = 0,
+        mcpu: str = "native",
+        progress: Progress | None = None,
+    ) -> KVCache:
+        """Make a cache of latent attention (DeepSeek-V2, section 2.1), which keeps one row a token.
+
+        A row is ``latent_dim`` elements, the compressed keys and values, and ``rope_dim`` rotated
+        ones. It is appended with :meth:`append_mla`, and attended in parts: see
+        :meth:`self_attention` and :meth:`cross_attention`.
+
+        Parameters
+        ----------
+        own_head_dim, own_head_dim_vo : int
+            Heads of the expanded keys and values that :meth:`self_attention` takes.
+
+        The others are those of :meth:`create`.
+        """
+        row = latent_dim + rope_dim
+        specs = (
+            AttentionSpec(dtype, dtype, row, latent_dim),
+            AttentionSpec(dtype, dtype, own_head_dim, own_head_dim_vo),
+        )
+        kernels = [load_kernel(build_attention(s, mcpu=mcpu, progress=progress)) for s in specs]
+        handle = _function("tvm_flashinfer.kv_cache_create_mla")(
+            tvm_ffi.Shape((max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, 0)),
+            tvm_ffi.Shape((first_layer, first_layer + num_layers)),
+            tvm_ffi.Shape((num_qo_heads, 1, row, latent_dim)),
+            kernels[0],
+            tvm.runtime.empty((0,), dtype),
+            num_qo_heads,
+            kernels[1],
         )
         return cls(handle)
 
@@ -270,6 +333,30 @@ class KVCache:
             "attention_kv_cache_attention_with_shared_kv", source_layer, sm_scale, q, k, v, out
         )
 
+    def self_attention(
+        self, layer_id: int, q: Any, k: Any, v: Any, out: Any, lse: Any, *, sm_scale: float
+    ) -> None:
+        """Attend a step's tokens among themselves, causally, and store nothing.
+
+        ``out`` ``[tokens, num_qo_heads, dim]`` and ``lse`` float32 ``[tokens, num_qo_heads]`` get
+        the attention state; :func:`tvm_flashinfer.merge_states` adds :meth:`cross_attention`'s.
+        """
+        self._call("attention_kv_cache_self_attention", layer_id, sm_scale, q, k, v, out, lse)
+
+    def cross_attention(
+        self, layer_id: int, q: Any, out: Any, lse: Any, *, sm_scale: float
+    ) -> None:
+        """Attend what a layer holds.
+
+        That is the tokens before the step, if its own were attended by :meth:`self_attention` or
+        have not been stored; else all tokens, causally. ``out`` and ``lse`` as there.
+        """
+        self._call("attention_kv_cache_cross_attention", layer_id, sm_scale, q, out, lse)
+
+    def append_mla(self, layer_id: int, rows: Any) -> None:
+        """Store the step's rows ``[tokens, latent_dim + rope_dim]`` of latent attention."""
+        self._call("attention_kv_cache_append_mla_kv", layer_id, rows)
+
     def query_positions(self) -> Any:
         """Positions of the step's tokens in their sequences: int32 ``[tokens]``."""
         return self._call("attention_kv_cache_get_query_positions")
@@ -347,7 +434,9 @@ class KVCache:
             raise
 
 
-_MHA, _ROPE_NONE, _ROPE_NORMAL = 0, 0, 1
+#: TVM's AttnKind and RopeMode.
+_MHA, _MLA, _MHA_SLIDING = 0, 1, 3
+_ROPE_NONE = 0
 
 
 @tvm_ffi.register_global_func("tvm_flashinfer.paged_attention_kv_cache_create")
@@ -355,7 +444,7 @@ def _create_as_tvm(*args: Any) -> Any:
     """``vm.builtin.paged_attention_kv_cache_create`` with our cache as its result.
 
     Takes the same 28 or 29 arguments. Of the functions among them it uses the one that rotates,
-    which knows the model's scaling; all others are replaced by one kernel, compiled here for the
+    which knows the model's scaling; all others are replaced by kernels, compiled here for the
     dtype and head sizes that are asked for.
     """
     if len(args) not in (28, 29):
@@ -366,28 +455,45 @@ def _create_as_tvm(*args: Any) -> Any:
     )
     if len(layers) != 2:
         raise ValueError(f"layer_indptr has {len(layers)} entries, expected 2: one pipeline stage")
-    if any(kind != _MHA for kind in list(kinds)[layers[0] : layers[1]]):
-        raise NotImplementedError(f"attn_kinds are {list(kinds)}: this cache serves 0 (mha)")
-    if rope_mode not in (_ROPE_NONE, _ROPE_NORMAL):
+    kinds = dict(enumerate(kinds))
+    served = {kind for layer, kind in kinds.items() if layers[0] <= layer < layers[1]}
+    if not served <= {_MHA, _MHA_SLIDING} and served != {_MLA}:
         raise NotImplementedError(
-            f"rope_mode is {rope_mode}: this cache serves 0 (none) and 1 (normal)"
+            f"attn_kinds are {list(kinds.values())}: a cache serves 0 (mha) and 3 (mha_sliding), "
+            "or 1 (mla) in every layer"
         )
     if transfer:
         raise NotImplementedError("enable_kv_transfer: this cache doesn't transfer pages")
     dtype = str(init.dtype)
-    kernel = load_kernel(
-        build_attention(AttentionSpec(dtype, dtype, int(head_dim_qk), int(head_dim_vo)))
-    )
-    create = "tvm_flashinfer.kv_cache_create"
-    rotation: tuple[Any, ...] = ()
-    if rope_mode == _ROPE_NORMAL:
-        create += "_split_rotary"
-        rotation = (split_rotary, extension_factors)
-    return _function(create)(
-        tvm_ffi.Shape(list(bounds)[:5]),
+
+    def kernel(variant: str | variants.Variant = "causal", dims: Sequence[int] = ()) -> Any:
+        qk, vo = dims or (int(head_dim_qk), int(head_dim_vo))
+        return load_kernel(build_attention(AttentionSpec(dtype, dtype, qk, vo, variant)))
+
+    sliding = [layer for layer, kind in kinds.items() if kind == _MHA_SLIDING]
+    sizes = list(bounds)
+    window = sizes[5] if len(sizes) > 5 else 1024
+    if sliding:
+        sizes[4] = 0  # the layers have windows, sequences have none
+    common = (
+        tvm_ffi.Shape(sizes[:5]),
         layers,
         tvm_ffi.Shape([num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo]),
-        kernel,
+        kernel(),
         init,
-        *rotation,
     )
+    if served == {_MLA}:
+        ragged = args[15]
+        own = [int(dim) for dim in list(ragged)[3:5]] or [int(head_dim_qk), int(head_dim_vo)]
+        return _function("tvm_flashinfer.kv_cache_create_mla")(
+            *common, num_qo_heads, kernel(dims=own)
+        )
+    if rope_mode == _ROPE_NONE:
+        cache = _function("tvm_flashinfer.kv_cache_create")(*common)
+    else:  # inline or not shows in debug_get_kv only
+        create = _function("tvm_flashinfer.kv_cache_create_split_rotary")
+        cache = create(*common, split_rotary, extension_factors)
+    if sliding:
+        add_window = _function("tvm_flashinfer.kv_cache_with_sliding_layers")
+        cache = add_window(cache, tvm_ffi.Shape(sliding), window, kernel(variants.sliding_window))
+    return cache

@@ -14,6 +14,7 @@ from tvm.relax.frontend.nn.llm.position_embedding import llama_rope_with_positio
 from .autoload import build_autoload
 from .jit import AttentionSpec, KernelArtifact, build_attention
 from .rope import RopeConfig
+from .variant import Variant, sliding_window
 
 #: What TVM calls a scaling, where ours is the same: how pairs are formed, and our name of it.
 _SAME_SCALINGS = {None: "default", "default": "default", "gptj": "default", "llama3": "llama3"}
@@ -74,24 +75,40 @@ class PagedKVCache(kv_cache.PagedKVCache):
         mcpu: str = "native",
         split_rotary: relax.Expr | None = None,
     ) -> None:
-        kinds = {attn_kind} if isinstance(attn_kind, str) else set(attn_kind)
-        if kinds != {"mha"}:
-            raise ValueError(f"attn_kind is {attn_kind!r}: this cache serves 'mha'")
-        if rope_mode == kv_cache.RopeMode.INLINE:
-            raise ValueError("rope_mode is INLINE: this cache serves NONE and NORMAL")
+        kinds = [attn_kind] * num_hidden_layers if isinstance(attn_kind, str) else list(attn_kind)
+        if not set(kinds) <= {"mha", "mha_sliding"} and set(kinds) != {"mla"}:
+            raise ValueError(
+                f"attn_kind is {attn_kind!r}: this cache serves 'mha' and 'mha_sliding', or 'mla' "
+                "in every layer"
+            )
         if enable_disaggregation:
             raise ValueError("enable_disaggregation: this cache doesn't transfer pages")
         if target.kind.name != "llvm":
             raise ValueError(f"target is {target.kind.name}: this cache runs on the CPU (llvm)")
-        spec = AttentionSpec(dtype, dtype, qk_head_dim, v_head_dim)
-        artifact = build_attention(spec, mcpu=mcpu)
-        self.extern_mods = [_library(artifact), _library(build_autoload())]
+        self.extern_mods = [_library(build_autoload())]
+
+        def kernel(dims: tuple[int, int], variant: str | Variant = "causal") -> relax.ExternFunc:
+            artifact = build_attention(AttentionSpec(dtype, dtype, *dims, variant), mcpu=mcpu)
+            self.extern_mods.append(_library(artifact))
+            return relax.ExternFunc(artifact.symbol)
+
+        windowed = [layer for layer, kind in enumerate(kinds) if kind == "mha_sliding"]
+        bounds = [max_batch_size, max_total_seq_len, prefill_chunk_size, page_size]
+        # Layers have the windows then: MLC's engine asks for both, and means this.
+        bounds.append(0 if windowed else support_sliding_window)
         create, rotation = "tvm_flashinfer.kv_cache_create", []
         scaling = dict(rope_scaling or {})
-        if rope_mode == kv_cache.RopeMode.NORMAL and split_rotary is not None:
+        rotates = rope_mode != kv_cache.RopeMode.NONE
+        if kinds[0] == "mla":
+            create += "_mla"
+            if rotates:
+                raise ValueError("rope_mode must be NONE with attn_kind 'mla': the model rotates")
+            own = (mla_original_qk_head_dim, mla_original_v_head_dim)
+            rotation = [relax.prim_value(num_attention_heads), kernel(own)]
+        elif rotates and split_rotary is not None:
             create += "_split_rotary"
             rotation = [split_rotary, rope_ext_factors]
-        elif rope_mode == kv_cache.RopeMode.NORMAL and scaling.get("rope_type") in _SAME_SCALINGS:
+        elif rotates and scaling.get("rope_type") in _SAME_SCALINGS:
             create += "_rope"
             ours = scaling | {"rope_type": _SAME_SCALINGS[scaling.get("rope_type")]}
             config = RopeConfig(rope_theta, ours, rotary_dim=rotary_dim)
@@ -101,7 +118,7 @@ class PagedKVCache(kv_cache.PagedKVCache):
                 relax.prim_value(tvm.tirx.FloatImm("float64", magnitude)),
                 relax.prim_value(int(scaling.get("rope_type") == "gptj")),
             ]
-        elif rope_mode == kv_cache.RopeMode.NORMAL:
+        elif rotates:
             create += "_split_rotary"
             scaling = kv_cache._prepare_yarn_rope_scaling(scaling, rope_theta)
             rotate = llama_rope_with_position_map(
@@ -116,26 +133,23 @@ class PagedKVCache(kv_cache.PagedKVCache):
             )
             builder = relax.BlockBuilder.current()
             rotation = [builder.add_func(rotate, "tir_split_rotary"), rope_ext_factors]
-        super().__init__(
-            _expr=relax.call_pure_packed(
-                create,
-                relax.ShapeExpr(
-                    [
-                        max_batch_size,
-                        max_total_seq_len,
-                        prefill_chunk_size,
-                        page_size,
-                        support_sliding_window,
-                    ]
-                ),
-                layer_partition,
-                relax.ShapeExpr(
-                    [num_attention_heads, num_key_value_heads, qk_head_dim, v_head_dim]
-                ),
-                relax.ExternFunc(artifact.symbol),
-                relax.op.zeros((), dtype),
-                *rotation,
-                ty_args=relax.AnyType(),
-            ),
-            _name=name,
+        cache = relax.call_pure_packed(
+            create,
+            relax.ShapeExpr(bounds),
+            layer_partition,
+            relax.ShapeExpr([num_attention_heads, num_key_value_heads, qk_head_dim, v_head_dim]),
+            kernel((qk_head_dim, v_head_dim)),
+            relax.op.zeros((), dtype),
+            *rotation,
+            ty_args=relax.AnyType(),
         )
+        if windowed:
+            cache = relax.call_pure_packed(
+                "tvm_flashinfer.kv_cache_with_sliding_layers",
+                cache,
+                relax.ShapeExpr(windowed),
+                relax.prim_value(layer_sliding_window_size),
+                kernel((qk_head_dim, v_head_dim), sliding_window),
+                ty_args=relax.AnyType(),
+            )
+        super().__init__(_expr=cache, _name=name)

@@ -36,8 +36,10 @@ CpuStepRunner::CpuStepRunner(const KVCacheConfig& config, KernelHandle kernel,
   if (rope.has_value()) {
     const DLDataType type = ToDLDataType(kernel->q_type);
     const int64_t dim = config.head_dim_qk;
-    rotated_q_ = Tensor::Empty({max_tokens, config.num_qo_heads, dim}, type, cpu);
+    const int64_t queries = config.sliding_window ? 2 * max_tokens : max_tokens;
+    rotated_q_ = Tensor::Empty({queries, config.num_qo_heads, dim}, type, cpu);
     rotated_k_ = Tensor::Empty({max_tokens, config.num_kv_heads, dim}, type, cpu);
+    if (config.sliding_window) twin_rope_.emplace(*rope, max_tokens);
     rope_.emplace(*std::move(rope), max_tokens);
   }
 }
@@ -63,7 +65,10 @@ void CpuStepRunner::Begin(const StepLayout& layout) {
   layout_ = &layout;
   std::copy(layout.positions().begin(), layout.positions().end(),
             static_cast<int32_t*>(DataOf(*positions_.operator->())));
-  if (rope_.has_value()) rope_->Prepare(layout.positions().data(), layout.num_tokens());
+  if (rope_.has_value()) rope_->Prepare(layout.origins().data(), layout.num_tokens());
+  if (rope_.has_value() && layout.splits()) {
+    twin_rope_->Prepare(layout.positions().data(), layout.num_tokens());
+  }
 }
 
 void CpuStepRunner::Append(const PoolView& pool, TokenHeads* q, TokenHeads k, TokenHeads v) {
@@ -74,6 +79,12 @@ void CpuStepRunner::Append(const PoolView& pool, TokenHeads* q, TokenHeads k, To
       rope_->Rotate(kernel_->q_type, *operand, rotated, heads, config_.head_dim_qk);
       *operand = rotated;
     };
+    if (layout_->splits()) {
+      TokenHeads twins{DataOf(*rotated_q_.operator->()), config_.num_qo_heads * dim, dim};
+      twins.data = static_cast<char*>(twins.data) +
+                   layout_->num_tokens() * twins.token_stride * rotated_q_->dtype.bits / 8;
+      twin_rope_->Rotate(kernel_->q_type, *q, twins, config_.num_qo_heads, config_.head_dim_qk);
+    }
     rotate(q, rotated_q_, config_.num_qo_heads);
     rotate(&k, rotated_k_, config_.num_kv_heads);
   }
@@ -91,7 +102,7 @@ void CpuStepRunner::Append(const PoolView& pool, TokenHeads* q, TokenHeads k, To
     executor_.Append(params, layout_->num_tokens());
   };
   append(k, pool.k, pool.k_strides, config_.head_dim_qk);
-  append(v, pool.v, pool.v_strides, config_.head_dim_vo);
+  if (!config_.mla) append(v, pool.v, pool.v_strides, config_.head_dim_vo);
 }
 
 void CpuStepRunner::Attend(AttentionParams* params) {

@@ -33,8 +33,8 @@ class CpuStepRunner final : public StepRunner {
   StepPlan* plan_ = nullptr;              //!< the one in use
   const StepLayout* layout_ = nullptr;
   tvm::runtime::Tensor positions_;
-  std::optional<Rope> rope_;
-  tvm::runtime::Tensor rotated_q_, rotated_k_;  //!< [max_q_tokens, heads, dim]
+  std::optional<Rope> rope_, twin_rope_;        //!< the second of the twins of a step that splits
+  tvm::runtime::Tensor rotated_q_, rotated_k_;  //!< [max_q_tokens, heads, dim]; q with its twins
 };
 
 }  // namespace tvm_flashinfer

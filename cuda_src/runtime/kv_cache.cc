@@ -13,6 +13,11 @@ namespace tvm_flashinfer {
 
 using tvm::ffi::Optional;
 
+/*! Distance of pages over distance of tokens, where values are as long as keys. */
+static int64_t PageStride(const KVCacheConfig& config) {
+  return config.mla ? config.page_size : int64_t{2} * config.num_kv_heads * config.page_size;
+}
+
 KVCacheObj::KVCacheObj(const KVCacheConfig& config, KernelHandle kernel, DLDataType dtype,
                        DLDevice device, std::optional<RopeConfig> rope)
     : config_(config),
@@ -22,25 +27,31 @@ KVCacheObj::KVCacheObj(const KVCacheConfig& config, KernelHandle kernel, DLDataT
       element_bytes_(dtype.bits / 8),
       rotates_(rope.has_value()),
       pages_(config.num_pages(), config.page_size),
-      layout_(config.page_size, int64_t{2} * config.num_kv_heads * config.page_size),
+      rope_config_(rope),
+      layout_(config.page_size, PageStride(config)),
+      past_layout_(config.page_size, PageStride(config)),
+      own_layout_(1, 1),
       runner_(StepRunner::Make(config, kernel, device, std::move(rope))) {
   const bool square = config.head_dim_qk == config.head_dim_vo;
   const int64_t heads = config.num_kv_heads;
   const int64_t k_page = heads * config.page_size * config.head_dim_qk;
-  const int64_t v_page = heads * config.page_size * config.head_dim_vo;
+  const int64_t v_page = config.mla ? 0 : heads * config.page_size * config.head_dim_vo;
   k_strides_ = {k_page + v_page, int64_t{config.page_size} * config.head_dim_qk,
                 config.head_dim_qk};
   v_strides_ = {k_page + v_page, int64_t{config.page_size} * config.head_dim_vo,
                 config.head_dim_vo};
+  if (config.mla) v_strides_ = k_strides_;  // a value is the start of its key
   for (int32_t layer = 0; layer < config.num_layers(); ++layer) {
     const Shape shape =
-        square ? Shape{config.num_pages(), 2, heads, config.page_size, config.head_dim_qk}
-               : Shape{config.num_pages(), k_page + v_page};
+        config.mla ? Shape{config.num_pages(), config.page_size, config.head_dim_qk}
+        : square   ? Shape{config.num_pages(), 2, heads, config.page_size, config.head_dim_qk}
+                   : Shape{config.num_pages(), k_page + v_page};
     LayerPool pool{Tensor::Empty(shape, dtype, device), nullptr, nullptr};
     pool.k = static_cast<char*>(DataOf(*pool.data.operator->()));
-    pool.v = pool.k + k_page * element_bytes_;
+    pool.v = config.mla ? pool.k : pool.k + k_page * element_bytes_;
     layers_.push_back(std::move(pool));
   }
+  AllocateTwins();
   requests_.reserve(config.max_batch);
   copies_.reserve(config.max_batch);
   page_indptr_.reserve(config.max_batch + 1);
@@ -53,7 +64,9 @@ KVCacheObj::KVCacheObj(const KVCacheConfig& config, KernelHandle kernel, DLDataT
 void KVCacheObj::UseSplitRotary(SplitRotary rotary) {
   const DLDataType type = ToDLDataType(kernel_->q_type);
   const int64_t tokens = config_.max_q_tokens();
-  rotated_q_ = Tensor::Empty({tokens, config_.num_qo_heads, config_.head_dim_qk}, type, device_);
+  if (config_.sliding_window) origins_ = Tensor::Empty({tokens}, {kDLInt, 32, 1}, device_);
+  const int64_t queries = config_.sliding_window ? 2 * tokens : tokens;
+  rotated_q_ = Tensor::Empty({queries, config_.num_qo_heads, config_.head_dim_qk}, type, device_);
   rotated_k_ = Tensor::Empty({tokens, config_.num_kv_heads, config_.head_dim_qk}, type, device_);
   split_v_ = Tensor::Empty({tokens, config_.num_kv_heads, config_.head_dim_vo}, type, device_);
   split_rotary_ = std::move(rotary);
@@ -100,9 +113,21 @@ void KVCacheObj::PopN(int64_t seq_id, int32_t n) {
   pages_.PopN(seq_id, n);
 }
 
+void KVCacheObj::AllocateTwins() {
+  if (!config_.sliding_window) return;
+  const DLDataType type = ToDLDataType(kernel_->q_type);
+  const int64_t queries = int64_t{2} * config_.max_q_tokens();
+  twin_o_ = Tensor::Empty({queries, config_.num_qo_heads, config_.head_dim_vo}, type, device_);
+  twin_lse_ = Tensor::Empty({queries, config_.num_qo_heads}, {kDLFloat, 32, 1}, device_);
+}
+
 void KVCacheObj::EnableSlidingWindowForSeq(int64_t seq_id, int32_t sliding_window_size,
                                            int32_t attn_sink_size) {
   CheckIdle("enable_sliding_window_for_seq");
+  if (sliding_ != nullptr) {  // its layers have their window; the others see whole sequences
+    pages_.Find(seq_id);
+    return;
+  }
   TVM_FLASHINFER_CHECK(config_.sliding_window, ValueError)
       << "this cache was made with support_sliding_window 0: it keeps whole sequences";
   Sequence* sequence = pages_.Find(seq_id);
@@ -112,8 +137,7 @@ void KVCacheObj::EnableSlidingWindowForSeq(int64_t seq_id, int32_t sliding_windo
   TVM_FLASHINFER_CHECK(sequence->window == 0, ValueError)
       << "seq_id " << seq_id << " has a sliding window of " << sequence->window
       << " already: it can be given once";
-  TVM_FLASHINFER_CHECK(sequence->hole_size == 0 || sequence->hole_begin == attn_sink_size,
-                       ValueError)
+  TVM_FLASHINFER_CHECK(sequence->dropped == 0 || sequence->hole_begin == attn_sink_size, ValueError)
       << "attn_sink_size is " << attn_sink_size << ", seq_id " << seq_id
       << " was forked from a window with a sink of " << sequence->hole_begin
       << ": what follows that sink is gone";
@@ -141,13 +165,16 @@ void KVCacheObj::BeginForward(const Shape& seq_ids, const Shape& append_lengths,
     }
   }
   pages_.Preview(requests_, &page_indptr_, &page_ids_);
-  layout_.Build(requests_, page_indptr_, page_ids_);
+  layout_.Build(requests_, page_indptr_, page_ids_, rotates());
   // Everything that can fail comes before Commit: a failed step leaves the cache as it was.
   Schedule();
   pages_.Commit(requests_, &copies_);
   for (size_t i = 0; i < trees_.size(); ++i) requests_[i].sequence->tree = std::move(trees_[i]);
   CopyPages();
   runner_->Begin(layout_);
+  if (sliding_ != nullptr) sliding_->Begin(layout_);
+  past_planned_ = own_planned_ = false;
+  layer_states_.assign(config_.num_layers(), LayerState{});
   in_forward_ = true;
 }
 
@@ -181,7 +208,8 @@ void KVCacheObj::ReadRequests(const Shape& seq_ids, const Shape& append_lengths)
 
 void KVCacheObj::Schedule() {
   if (layout_.by_token()) {
-    TVM_FLASHINFER_CHECK(config_.head_dim_qk == config_.head_dim_vo, NotImplementedError)
+    TVM_FLASHINFER_CHECK(config_.mla || config_.head_dim_qk == config_.head_dim_vo,
+                         NotImplementedError)
         << "token trees and sliding windows need head_dim_qk equal to head_dim_vo, this cache has "
         << config_.head_dim_qk << " and " << config_.head_dim_vo;
     const int64_t blocks = layout_.num_blocks();
@@ -192,6 +220,7 @@ void KVCacheObj::Schedule() {
         << largest << " rows, it can number at most " << INT32_MAX / 2;
   }
   runner_->Plan(&layout_);
+  if (sliding_ != nullptr) sliding_->Plan(&layout_);
 }
 
 void KVCacheObj::CopyPages() {
@@ -209,6 +238,13 @@ void KVCacheObj::EndForward() {
     if (r.sequence->tree.empty()) pages_.Slide(r.sequence);
   }
   in_forward_ = false;
+}
+
+Tensor KVCacheObj::Origins() {
+  if (layout_.origins() == layout_.positions()) return GetQueryPositions();
+  std::copy(layout_.origins().begin(), layout_.origins().end(),
+            static_cast<int32_t*>(DataOf(*origins_.operator->())));
+  return origins_.CreateView({layout_.num_tokens()}, {kDLInt, 32, 1});
 }
 
 Tensor KVCacheObj::GetQueryPositions() {

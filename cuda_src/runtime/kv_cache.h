@@ -51,6 +51,20 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   /*! \brief Rotate with `rotary`, which serves attention with fused QKV only. */
   void UseSplitRotary(SplitRotary rotary);
 
+  /*!
+   * \brief Give some layers a window.
+   * \param layers The layers, numbered as those of the model.
+   * \param window Tokens that a query sees, itself included.
+   * \param kernel As the cache's, of a variant whose one parameter is the tokens before a query.
+   */
+  void UseSlidingLayers(const Shape& layers, int32_t window, KernelHandle kernel);
+
+  /*!
+   * \brief Serve SelfAttention by a kernel of its own: latent attention expands keys and values.
+   * \param num_kv_heads Heads of its keys and values.
+   */
+  void UseSelfKernel(int32_t num_kv_heads, KernelHandle kernel);
+
   // Sequences.
   void Clear() final;
   void AddSequence(int64_t seq_id) final;
@@ -108,14 +122,23 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   void ImportPageGroup(int64_t seq_id, int64_t group_id, Tensor src) final;
   void FinishImport(int64_t seq_id) final;
 
+  // Attention in parts: kv_cache_parts.cc.
+  /*! \brief Causal attention of each sequence's new tokens among themselves; LSE natural-log. */
+  void SelfAttention(int64_t layer_id, Tensor q_data, Tensor k_data, Tensor v_data, Tensor o_data,
+                     Tensor lse_data, double sm_scale) final;
+  /*!
+   * \brief Attention over what the layer holds: its tokens before the step if the step's own were
+   * attended by SelfAttention, or if the step has stored none; else all of them, causally.
+   */
+  void CrossAttention(int64_t layer_id, Tensor q_data, Tensor o_data, Tensor lse_data,
+                      double sm_scale) final;
+  void AppendMLAKV(int64_t layer_id, Tensor kv_data) final;
+  void DebugGetKVMLA(int64_t seq_id, int64_t start_pos, int64_t end_pos, Tensor kv_data) final;
+
   // Parts of TVM's contract that this cache doesn't serve: each throws and says so.
   Shape DisaggPrepareRecv(int64_t, int) final;
   void DisaggMarkSend(int64_t, int64_t, const Shape&, int32_t) final;
-  void SelfAttention(int64_t, Tensor, Tensor, Tensor, Tensor, Tensor, double) final;
-  void CrossAttention(int64_t, Tensor, Tensor, Tensor, double) final;
-  void AppendMLAKV(int64_t, Tensor) final;
   void LinearAttention(int64_t, Tensor, Tensor, Tensor, double) final;
-  void DebugGetKVMLA(int64_t, int64_t, int64_t, Tensor) final;
 
   static constexpr const bool _type_mutable = true;
   TVM_FFI_DECLARE_OBJECT_INFO_FINAL("tvm_flashinfer.KVCache", KVCacheObj,
@@ -127,6 +150,12 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
     Tensor data;
     char* k;
     char* v;
+  };
+
+  /*! What a step has done with a layer so far. */
+  struct LayerState {
+    bool stored = false;        //!< the step's keys and values are in the pool
+    bool attended_own = false;  //!< by SelfAttention
   };
 
   /*! A sequence that has pages already, and what it still waits for. */
@@ -146,6 +175,15 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
 
   void Append(int32_t layer, TokenHeads* q, TokenHeads k, TokenHeads v);
   void Attend(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o);
+  void AttendTwins(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o);
+  AttentionParams Operands(int32_t layer, const StepLayout& layout, double sm_scale, TokenHeads q,
+                           TokenHeads o) const;
+  /*! \brief As GetQueryPositions, of StepLayout::origins. */
+  Tensor Origins();
+  StepRunner* RunnerOf(int32_t layer) const;
+  bool rotates() const { return rotates_ || split_rotary_.has_value(); }
+  void AllocateTwins();
+  void CheckParts(const char* what) const;
 
   template <typename Copy>
   void ForEachRow(int64_t seq_id, int64_t start, int64_t end, const Copy& copy);
@@ -172,6 +210,7 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   PageTable pages_;
 
   std::optional<SplitRotary> split_rotary_;
+  Tensor origins_;
   Tensor rotated_q_, rotated_k_, split_v_;  //!< [max_q_tokens, heads, dim], of split_rotary_
 
   std::optional<Import> import_;
@@ -182,8 +221,17 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   std::vector<TokenTree> trees_;  //!< of the requests, if the step has token trees
   std::vector<int32_t> page_indptr_, page_ids_;
   std::vector<PageCopy> copies_;
-  StepLayout layout_;
+  std::vector<LayerState> layer_states_;
+  std::optional<RopeConfig> rope_config_;
+  StepLayout layout_, past_layout_, own_layout_;
+  bool past_planned_ = false, own_planned_ = false;
   std::unique_ptr<StepRunner> runner_;
+  std::unique_ptr<StepRunner> sliding_;     //!< of layers with a window, if there are any
+  std::unique_ptr<StepRunner> past_, own_;  //!< of attention in parts; made when it is asked for
+  std::vector<bool> has_window_;            //!< [layer]
+  Tensor twin_o_, twin_lse_;                //!< of steps that attend every query twice
+  std::optional<KernelHandle> self_kernel_;
+  int32_t self_kv_heads_ = 0;
 };
 
 }  // namespace tvm_flashinfer

@@ -20,9 +20,16 @@ int32_t KVCacheObj::CheckStep(int64_t layer_id) const {
   return static_cast<int32_t>(layer_id) - config_.layer_begin;
 }
 
+static Tensor WithoutPadding(const Tensor& t, int64_t tokens) {
+  if (t->ndim != 3 || t->shape[0] <= tokens) return t;
+  return t.CreateView({tokens, t->shape[1], t->shape[2]}, t->dtype);
+}
+
 void KVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Optional<Tensor> mask,
                                        Tensor o_data, double sm_scale) {
   const int32_t layer = CheckStep(layer_id);
+  TVM_FLASHINFER_CHECK(!config_.mla, ValueError)
+      << "attention_with_fused_qkv: this cache is one of latent attention (mla)";
   TVM_FLASHINFER_CHECK(!mask.has_value(), NotImplementedError)
       << "argument `mask`: this cache takes its mask from the kernel's variant";
   TVM_FLASHINFER_CHECK(config_.head_dim_qk == config_.head_dim_vo, ValueError)
@@ -32,6 +39,9 @@ void KVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Option
   const int64_t tokens = layout_.num_tokens();
   const int64_t heads = config_.num_qo_heads + 2 * config_.num_kv_heads;
   const DLDataType type = ToDLDataType(kernel_->q_type);
+  // A model may pad a step's tokens: what follows them is neither read nor written.
+  qkv_data = WithoutPadding(qkv_data, tokens);
+  o_data = WithoutPadding(o_data, tokens);
   CheckTensor("qkv_data", *qkv_data.operator->(), type, device_, {tokens, heads, dim});
   CheckTensor("o_data", *o_data.operator->(), type, device_, {tokens, config_.num_qo_heads, dim});
   const TokenHeads o{DataOf(*o_data.operator->()), config_.num_qo_heads * dim, dim};
@@ -39,15 +49,26 @@ void KVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Option
     const auto view = [&](const Tensor& whole, int64_t n) {
       return whole.CreateView({tokens, n, dim}, type);
     };
+    const auto rotate = [&](const Tensor& positions, const auto& q, const Tensor& k,
+                            const Tensor& v, const Tensor& qkv) {
+      if (split_rotary_->extension_factors.has_value()) {
+        split_rotary_->function(qkv, positions, q, k, v, *split_rotary_->extension_factors);
+      } else {
+        split_rotary_->function(qkv, positions, q, k, v, int64_t{1});
+      }
+    };
     Tensor q = view(rotated_q_, config_.num_qo_heads);
     Tensor k = view(rotated_k_, config_.num_kv_heads);
     Tensor v = view(split_v_, config_.num_kv_heads);
     Tensor qkv = qkv_data.CreateView({tokens, heads, dim}, type);
-    if (split_rotary_->extension_factors.has_value()) {
-      split_rotary_->function(qkv, GetQueryPositions(), q, k, v, *split_rotary_->extension_factors);
-    } else {
-      split_rotary_->function(qkv, GetQueryPositions(), q, k, v, int64_t{1});
+    if (layout_.splits()) {
+      // Compiled functions take no tensor with an offset: the twins' pointer includes it.
+      DLTensor twins = *q.operator->();
+      twins.data =
+          static_cast<char*>(DataOf(twins)) + tokens * config_.num_qo_heads * dim * type.bits / 8;
+      rotate(GetQueryPositions(), &twins, k, v, qkv);
     }
+    rotate(Origins(), q, k, v, qkv);
     const auto operand = [&](const Tensor& t, int64_t n) {
       return TokenHeads{DataOf(*t.operator->()), n * dim, dim};
     };
@@ -94,6 +115,9 @@ void KVCacheObj::AttentionWithSharedKV(int64_t source_layer_id, Tensor q_data,
                                        Tensor current_k_data, Tensor current_v_data, Tensor o_data,
                                        double sm_scale) {
   const int32_t layer = CheckStep(source_layer_id);
+  TVM_FLASHINFER_CHECK(!layout_.splits(), NotImplementedError)
+      << "attention_with_shared_kv over a window that has slid away from its sink: the query would "
+      << "need a rotation for each";
   const DLDataType type = ToDLDataType(kernel_->q_type);
   const int64_t tokens = layout_.num_tokens();
   const int64_t qk = config_.head_dim_qk, vo = config_.head_dim_vo;
@@ -119,17 +143,21 @@ tvm::ffi::Array<Tensor> KVCacheObj::MergeAttnOutputInplace(Tensor o_self_attn, T
 }
 
 void KVCacheObj::Append(int32_t layer, TokenHeads* q, TokenHeads k, TokenHeads v) {
+  layer_states_[layer].stored = true;
   runner_->Append({layers_[layer].k, layers_[layer].v, k_strides_, v_strides_}, q, k, v);
 }
 
-void KVCacheObj::Attend(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o) {
-  static const VariantArgs kNoVariantArgs{};
+StepRunner* KVCacheObj::RunnerOf(int32_t layer) const {
+  return sliding_ != nullptr && has_window_[layer] ? sliding_.get() : runner_.get();
+}
+
+AttentionParams KVCacheObj::Operands(int32_t layer, const StepLayout& layout, double sm_scale,
+                                     TokenHeads q, TokenHeads o) const {
   AttentionParams params{};
   params.q = q.data;
   params.k = layers_[layer].k;
   params.v = layers_[layer].v;
   params.o = o.data;
-  params.variant_params = &kNoVariantArgs;
   params.q_token_stride = q.token_stride;
   params.q_head_stride = q.head_stride;
   params.o_token_stride = o.token_stride;
@@ -137,7 +165,7 @@ void KVCacheObj::Attend(int32_t layer, double sm_scale, TokenHeads q, TokenHeads
   params.k_strides = k_strides_;
   params.v_strides = v_strides_;
   params.page_size = config_.page_size;
-  if (layout_.by_token()) {  // blocks of one token, numbered in token strides
+  if (layout.by_token()) {  // blocks of one token, numbered in token strides
     params.page_size = 1;
     params.k_strides.page = k_strides_.token;
     params.v_strides.page = v_strides_.token;
@@ -145,7 +173,37 @@ void KVCacheObj::Attend(int32_t layer, double sm_scale, TokenHeads q, TokenHeads
   params.num_qo_heads = config_.num_qo_heads;
   params.num_kv_heads = config_.num_kv_heads;
   params.sm_scale = static_cast<float>(sm_scale);
+  return params;
+}
+
+void KVCacheObj::Attend(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o) {
+  if (layout_.splits()) return AttendTwins(layer, sm_scale, q, o);
+  AttentionParams params = Operands(layer, layout_, sm_scale, q, o);
+  StepRunner* runner = RunnerOf(layer);
+  params.variant_params = runner->variant_args();
+  runner->Attend(&params);
+}
+
+void KVCacheObj::AttendTwins(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o) {
+  static const tvm::ffi::Function merge =
+      tvm::ffi::Function::GetGlobalRequired("tvm_flashinfer.merge_states");
+  const int64_t tokens = layout_.num_tokens(), heads = config_.num_qo_heads;
+  const int64_t dim = config_.head_dim_vo;
+  AttentionParams params =
+      Operands(layer, layout_, sm_scale, q, {DataOf(*twin_o_.operator->()), heads * dim, dim});
+  params.lse = static_cast<float*>(DataOf(*twin_lse_.operator->()));
+  params.variant_params = runner_->variant_args();
   runner_->Attend(&params);
+  const auto half = [&](const Tensor& whole, const Shape& shape, int64_t index) {
+    const int64_t bytes = shape.Product() * whole->dtype.bits / 8;
+    return whole.CreateView(shape, whole->dtype, index * bytes);
+  };
+  int64_t shape[] = {tokens, heads, dim};
+  int64_t strides[] = {o.token_stride, o.head_stride, 1};
+  DLTensor out{o.data, device_, 3, twin_o_->dtype, shape, strides, 0};
+  const auto state = [&](int64_t i) { return half(twin_o_, {tokens, heads, dim}, i); };
+  const auto lse = [&](int64_t i) { return half(twin_lse_, {tokens, heads}, i); };
+  merge(state(0), lse(0), state(1), lse(1), &out, lse(0));
 }
 
 }  // namespace tvm_flashinfer

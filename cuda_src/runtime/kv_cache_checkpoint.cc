@@ -104,6 +104,11 @@ const Sequence* KVCacheObj::CheckpointSequence(int64_t seq_id, const char* what)
   CheckIdle(what);
   const Sequence* sequence = pages_.Find(seq_id);
   CheckCommitted(seq_id, *sequence, what);
+  TVM_FLASHINFER_CHECK(!config_.mla, NotImplementedError)
+      << what << ": a cache of latent attention has no checkpoints";
+  TVM_FLASHINFER_CHECK(sequence->dropped == 0 || !rotates(), NotImplementedError)
+      << what << ": seq_id " << seq_id << " has a window that has slid, and keys that are rotated "
+      << "for where they were: a checkpoint doesn't tell";
   CheckImported(seq_id, what);
   return sequence;
 }

@@ -17,6 +17,8 @@ struct KVCacheConfig {
   int32_t layer_begin, layer_end;  //!< this cache's layers: a pipeline stage holds a range
   int32_t num_qo_heads, num_kv_heads;
   int32_t head_dim_qk, head_dim_vo;
+  //! Latent attention: one row a token, whose first head_dim_vo elements are its value.
+  bool mla = false;
 
   int32_t num_layers() const { return layer_end - layer_begin; }
   /*! A slid window starts and ends within a page: two more pages a sequence. */

@@ -8,6 +8,8 @@
 namespace tvm_flashinfer {
 
 void KVCacheObj::CheckDebugTensors(const Tensor& k, const Tensor& v, int64_t length) const {
+  TVM_FLASHINFER_CHECK(!config_.mla, ValueError)
+      << "this cache is one of latent attention (mla): debug_get_kv_mla reads it";
   CheckTensor("k_data", *k.operator->(), dtype_, device_,
               {config_.num_layers(), length, config_.num_kv_heads, config_.head_dim_qk});
   CheckTensor("v_data", *v.operator->(), dtype_, device_,

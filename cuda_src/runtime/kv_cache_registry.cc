@@ -96,18 +96,19 @@ AttentionKVCache CreateKVCache(Shape bounds, Shape layers, Shape heads, Function
       Creation(bounds, layers, heads, std::move(kernel), std::move(init)).Make());
 }
 
-/*! \brief A sliding window renumbers the tokens it keeps, keys in the pool are rotated already. */
-void CheckNoSlidingWindow(const KVCacheConfig& config) {
-  TVM_FLASHINFER_CHECK(!config.sliding_window, NotImplementedError)
-      << "support_sliding_window is 1 in a cache that rotates keys before it stores them: their "
-      << "positions change as the window slides";
+/*! \brief A slid window's sink needs queries of another rotation, which only the CPU has. */
+void CheckWindowOfRotated(const Creation& creation) {
+  TVM_FLASHINFER_CHECK(!creation.config.sliding_window || !creation.kernel.is_cuda(),
+                       NotImplementedError)
+      << "support_sliding_window is 1 in a cache on a GPU that rotates keys before it stores them: "
+      << "that is served on the CPU";
 }
 
 AttentionKVCache CreateKVCacheRope(Shape bounds, Shape layers, Shape heads, Function kernel,
                                    Tensor init, Tensor frequencies, double magnitude,
                                    bool interleaved) {
   const Creation creation(bounds, layers, heads, std::move(kernel), std::move(init));
-  CheckNoSlidingWindow(creation.config);
+  CheckWindowOfRotated(creation);
   CheckTensor("frequencies", *frequencies.operator->(), {kDLFloat, 32, 1}, {kDLCPU, 0}, {-1});
   RopeConfig rope;
   const int64_t pairs = frequencies->shape[frequencies->ndim - 1];
@@ -125,7 +126,7 @@ AttentionKVCache CreateKVCacheSplitRotary(Shape bounds, Shape layers, Shape head
                                           Tensor init, Function split_rotary,
                                           tvm::ffi::Any extension_factors) {
   const Creation creation(bounds, layers, heads, std::move(kernel), std::move(init));
-  CheckNoSlidingWindow(creation.config);
+  CheckWindowOfRotated(creation);
   // As TVM's cache has it, anything but a tensor means none.
   tvm::ffi::Optional<Tensor> factors;
   if (auto tensor = extension_factors.as<Tensor>()) factors = *tensor;
@@ -139,6 +140,32 @@ KVCacheObj* Ours(const AttentionKVCache& cache) {
   TVM_FLASHINFER_CHECK(ours != nullptr, TypeError)
       << "argument `cache` is a " << cache->GetTypeKey() << ", expected tvm_flashinfer.KVCache";
   return ours;
+}
+
+/*! \brief A cache of latent attention: `heads` are those of queries, 1, and the two head sizes. */
+AttentionKVCache CreateKVCacheMLA(Shape bounds, Shape layers, Shape heads, Function kernel,
+                                  Tensor init, int64_t self_kv_heads, Function self_kernel) {
+  Creation creation(bounds, layers, heads, std::move(kernel), std::move(init));
+  TVM_FLASHINFER_CHECK(creation.config.num_kv_heads == 1 &&
+                           creation.config.head_dim_vo <= creation.config.head_dim_qk,
+                       ValueError)
+      << "a cache of latent attention has num_kv_heads 1 and values that start its keys, not "
+      << creation.config.num_kv_heads << " heads and sizes " << creation.config.head_dim_qk
+      << " and " << creation.config.head_dim_vo;
+  creation.config.mla = true;
+  auto cache = creation.Make();
+  cache->UseSelfKernel(static_cast<int32_t>(self_kv_heads), KernelHandle(std::move(self_kernel)));
+  return AttentionKVCache(std::move(cache));
+}
+
+/*! \brief Give layers of a fresh cache a window; returns the cache. */
+AttentionKVCache WithSlidingLayers(AttentionKVCache cache, Shape layers, int64_t window,
+                                   Function kernel) {
+  TVM_FLASHINFER_CHECK(window <= INT32_MAX, ValueError)
+      << "window is " << window << ", it must lie in [1, 2^31)";
+  Ours(cache)->UseSlidingLayers(layers, static_cast<int32_t>(window),
+                                KernelHandle(std::move(kernel)));
+  return cache;
 }
 
 template <bool kHeadMajor>
@@ -165,6 +192,8 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("tvm_flashinfer.kv_cache_create", CreateKVCache)
       .def("tvm_flashinfer.kv_cache_create_rope", CreateKVCacheRope)
       .def("tvm_flashinfer.kv_cache_create_split_rotary", CreateKVCacheSplitRotary)
+      .def("tvm_flashinfer.kv_cache_create_mla", CreateKVCacheMLA)
+      .def("tvm_flashinfer.kv_cache_with_sliding_layers", WithSlidingLayers)
       .def("tvm_flashinfer.kv_cache_attention", KVCacheAttention<false>)
       .def("tvm_flashinfer.kv_cache_attention_bhsd", KVCacheAttention<true>)
       .def("tvm_flashinfer.kv_cache_query_positions", QueryPositions)

@@ -18,16 +18,8 @@ Shape KVCacheObj::DisaggPrepareRecv(int64_t, int) { Unserved("disagg_prepare_rec
 void KVCacheObj::DisaggMarkSend(int64_t, int64_t, const Shape&, int32_t) {
   Unserved("disagg_mark_send");
 }
-void KVCacheObj::SelfAttention(int64_t, Tensor, Tensor, Tensor, Tensor, Tensor, double) {
-  Unserved("self_attention");
-}
-void KVCacheObj::CrossAttention(int64_t, Tensor, Tensor, Tensor, double) {
-  Unserved("cross_attention");
-}
-void KVCacheObj::AppendMLAKV(int64_t, Tensor) { Unserved("append_mla_kv"); }
 void KVCacheObj::LinearAttention(int64_t, Tensor, Tensor, Tensor, double) {
   Unserved("linear_attention");
 }
-void KVCacheObj::DebugGetKVMLA(int64_t, int64_t, int64_t, Tensor) { Unserved("debug_get_kv_mla"); }
 
 }  // namespace tvm_flashinfer

@@ -54,6 +54,7 @@ struct Sequence {
   std::vector<int32_t> pages;
   int32_t length = 0;                     //!< tokens
   int32_t hole_begin = 0, hole_size = 0;  //!< in slots
+  int32_t dropped = 0;                    //!< tokens that were at hole_begin and are gone
   int32_t window = 0;                     //!< most tokens kept between steps; 0: all
   int32_t sink = 0;                       //!< first tokens, which the window never drops
   TokenTree tree;                         //!< of the last tokens, until one path is committed
@@ -61,6 +62,8 @@ struct Sequence {
   int32_t Slot(int32_t token) const {
     return hole_size != 0 && token >= hole_begin ? token + hole_size : token;
   }
+  /*! \brief Where a token was among all that the sequence ever had. */
+  int32_t Origin(int32_t token) const { return token < hole_begin ? token : token + dropped; }
   /*! \brief Slots that `tokens` tokens span, the hole included. */
   int32_t Span(int32_t tokens) const { return tokens == 0 ? 0 : Slot(tokens - 1) + 1; }
 };
@@ -159,6 +162,7 @@ class PageTable {
     if (child->length > parent->hole_begin) {
       child->hole_begin = parent->hole_begin;
       child->hole_size = parent->hole_size;
+      child->dropped = parent->dropped;
     }
     const int32_t pages = NumPages(child->Span(child->length));
     child->pages.assign(parent->pages.begin(), parent->pages.begin() + pages);
@@ -180,6 +184,7 @@ class PageTable {
     if (sequence->window == 0 || drop <= 0) return;
     if (sequence->hole_size == 0) sequence->hole_begin = sequence->sink;
     sequence->hole_size += drop;
+    sequence->dropped += drop;
     sequence->length -= drop;
     total_length_ -= drop;
     const int32_t first = NumPages(sequence->hole_begin);  // the first page wholly after the sink
@@ -281,7 +286,7 @@ class PageTable {
     sequence->tree.Truncate(std::max(0, sequence->tree.size() - dropped));
     sequence->length = length;
     const int32_t pages = NumPages(sequence->Span(length));
-    if (length <= sequence->hole_begin) sequence->hole_size = 0;
+    if (length <= sequence->hole_begin) sequence->hole_size = sequence->dropped = 0;
     while (static_cast<int32_t>(sequence->pages.size()) > pages) {
       Release(sequence->pages.back());
       sequence->pages.pop_back();

@@ -59,11 +59,12 @@ void Rope::Prepare(const int32_t* positions, int32_t count) {
   count_ = count;
   const size_t pairs = config_.frequencies.size();
   ForEachToken(count, [&](int32_t token) {
-    const float position = static_cast<float>(positions[token]);
+    // Double: positions of an endless stream grow, and the differences of angles must not blur.
+    const double position = positions[token];
     for (size_t i = 0; i < pairs; ++i) {
-      const float angle = position * config_.frequencies[i];
-      cos_[token * pairs + i] = std::cos(angle) * config_.magnitude;
-      sin_[token * pairs + i] = std::sin(angle) * config_.magnitude;
+      const double angle = position * config_.frequencies[i];
+      cos_[token * pairs + i] = static_cast<float>(std::cos(angle)) * config_.magnitude;
+      sin_[token * pairs + i] = static_cast<float>(std::sin(angle)) * config_.magnitude;
     }
   });
 }

@@ -9,6 +9,7 @@ void StepLayout::Reserve(int32_t max_requests, int32_t max_tokens, int64_t max_p
   qo_indptr_.reserve(max_requests + 1);
   kv_len_.reserve(max_requests);
   positions_.reserve(max_tokens);
+  origins_.reserve(max_tokens);
   slots_.reserve(max_tokens);
   Level& level = levels_[0];  // steps of whole sequences; the others may allocate
   level.qo_indptr.reserve(max_requests + 1);
@@ -33,19 +34,28 @@ void StepLayout::Level::EndRow(int32_t num_queries, int32_t last_len, int32_t po
   kv_position.push_back(position);
 }
 
-void StepLayout::Build(const std::vector<AppendRequest>& requests,
-                       const std::vector<int32_t>& page_indptr, const std::vector<int32_t>& pages) {
-  by_token_ = false;
+void StepLayout::Clear() {
+  by_token_ = splits_ = false;
   num_levels_ = 1;
-  for (const AppendRequest& r : requests) {
-    if (r.tree != nullptr) num_levels_ = 2;
-    by_token_ = by_token_ || r.tree != nullptr || r.sequence->hole_size != 0;
-  }
   for (Level& level : levels_) level.Clear();
   qo_indptr_.assign(1, 0);
   kv_len_.clear();
   positions_.clear();
+  origins_.clear();
+  twin_positions_.clear();
   slots_.clear();
+}
+
+void StepLayout::Build(const std::vector<AppendRequest>& requests,
+                       const std::vector<int32_t>& page_indptr, const std::vector<int32_t>& pages,
+                       bool rotated) {
+  Clear();
+  for (const AppendRequest& r : requests) {
+    const Sequence& sequence = *r.sequence;
+    if (r.tree != nullptr) num_levels_ = 2;
+    splits_ = splits_ || (rotated && sequence.dropped > 0 && sequence.hole_begin > 0);
+    by_token_ = by_token_ || r.tree != nullptr || sequence.hole_size != 0 || splits_;
+  }
   for (size_t i = 0; i < requests.size(); ++i) {
     const AppendRequest& r = requests[i];
     const Sequence& sequence = *r.sequence;
@@ -58,7 +68,9 @@ void StepLayout::Build(const std::vector<AppendRequest>& requests,
       const int32_t slot = sequence.Slot(token);
       slots_.push_back(int64_t{own[slot / page_size_]} * page_size_ + slot % page_size_);
       const int32_t node = token - (length - tree_size);
-      positions_.push_back(tree_size == 0 ? token : length - tree_size + r.tree->depths[node]);
+      const int32_t position = tree_size == 0 ? token : length - tree_size + r.tree->depths[node];
+      positions_.push_back(position);
+      origins_.push_back(sequence.Origin(position));
     }
     if (r.tree != nullptr) {
       AddTree(r, own);
@@ -66,16 +78,63 @@ void StepLayout::Build(const std::vector<AppendRequest>& requests,
     }
     // The last level covers every query: above it this sequence has an empty row.
     if (num_levels_ == 2) levels_[0].EndRow(r.count, 0, 0);
-    AddSequence(r, own, page_indptr[i + 1] - page_indptr[i], &levels_[num_levels_ - 1]);
+    AddSequence(r, length, own, page_indptr[i + 1] - page_indptr[i], &levels_[num_levels_ - 1]);
+  }
+  if (!splits_) return;
+  for (int twin = 0; twin < 2; ++twin) {
+    twin_positions_.insert(twin_positions_.end(), positions_.begin(), positions_.end());
+  }
+  for (size_t i = 0; i < requests.size(); ++i) {
+    const AppendRequest& r = requests[i];
+    const int32_t sink = SinkOf(*r.sequence);
+    qo_indptr_.push_back(qo_indptr_.back() + r.count);
+    kv_len_.push_back(sink);
+    if (num_levels_ == 2) levels_[0].EndRow(r.count, 0, 0);
+    Level& level = levels_[num_levels_ - 1];
+    AddTokens(*r.sequence, pages.data() + page_indptr[i], 0, sink, &level.kv_indices);
+    level.EndRow(r.count, sink == 0 ? 0 : 1, 0);
   }
 }
 
-void StepLayout::AddSequence(const AppendRequest& r, const int32_t* pages, int32_t num_pages,
-                             Level* level) {
-  const int32_t length = r.sequence->length + r.count;
+void StepLayout::BuildPast(const std::vector<AppendRequest>& requests,
+                           const std::vector<int32_t>& page_indptr,
+                           const std::vector<int32_t>& pages) {
+  Clear();
+  for (const AppendRequest& r : requests) by_token_ = by_token_ || r.sequence->hole_size != 0;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    const AppendRequest& r = requests[i];
+    const int32_t past = r.sequence->length - r.count;
+    qo_indptr_.push_back(qo_indptr_.back() + r.count);
+    kv_len_.push_back(past);
+    for (int32_t token = past; token < r.sequence->length; ++token) {
+      slots_.push_back(-1);
+      positions_.push_back(token);
+    }
+    AddSequence(r, past, pages.data() + page_indptr[i], (past + page_size_ - 1) / page_size_,
+                &levels_[0]);
+  }
+}
+
+void StepLayout::BuildOwn(const std::vector<AppendRequest>& requests) {
+  Clear();
+  for (const AppendRequest& r : requests) {
+    qo_indptr_.push_back(qo_indptr_.back() + r.count);
+    kv_len_.push_back(r.count);
+    for (int32_t token = 0; token < r.count; ++token) {
+      levels_[0].kv_indices.push_back(static_cast<int32_t>(slots_.size()));
+      slots_.push_back(-1);
+      positions_.push_back(token);
+    }
+    levels_[0].EndRow(r.count, r.count == 0 ? 0 : 1, 0);
+  }
+}
+
+void StepLayout::AddSequence(const AppendRequest& r, int32_t length, const int32_t* pages,
+                             int32_t num_pages, Level* level) {
   if (by_token_) {
-    AddTokens(*r.sequence, pages, 0, length, &level->kv_indices);
-    level->EndRow(r.count, length == 0 ? 0 : 1, 0);
+    const int32_t begin = SinkOf(*r.sequence);
+    AddTokens(*r.sequence, pages, begin, length, &level->kv_indices);
+    level->EndRow(r.count, length == begin ? 0 : 1, begin);
   } else {
     level->kv_indices.insert(level->kv_indices.end(), pages, pages + num_pages);
     level->EndRow(r.count, length == 0 ? 0 : (length - 1) % page_size_ + 1, 0);
@@ -86,8 +145,9 @@ void StepLayout::AddTree(const AppendRequest& r, const int32_t* pages) {
   const Sequence& sequence = *r.sequence;
   const TokenTree& tree = *r.tree;
   const int32_t prefix = sequence.length + r.count - tree.size();
-  AddTokens(sequence, pages, 0, prefix, &levels_[0].kv_indices);
-  levels_[0].EndRow(r.count, prefix == 0 ? 0 : 1, 0);
+  const int32_t begin = SinkOf(sequence);
+  AddTokens(sequence, pages, begin, prefix, &levels_[0].kv_indices);
+  levels_[0].EndRow(r.count, prefix == begin ? 0 : 1, begin);
   for (int32_t node = tree.size() - r.count; node < tree.size(); ++node) {
     std::vector<int32_t>& blocks = levels_[1].kv_indices;
     const size_t begin = blocks.size();
@@ -124,7 +184,7 @@ void StepLayout::Describe(ScheduleInput* in) {
   in->num_requests = static_cast<int32_t>(kv_len_.size());
   in->qo_indptr = qo_indptr_.data();
   in->kv_len = kv_len_.data();
-  in->q_position = positions_.data();
+  in->q_position = splits_ ? twin_positions_.data() : positions_.data();
   in->num_levels = num_levels_;
   in->levels = views_;
   in->page_size = by_token_ ? 1 : page_size_;

@@ -21,6 +21,11 @@ namespace tvm_flashinfer {
  * - a slid window, whose pages have a hole in them;
  * - a token tree: every node is a row of its own, of its ancestors and itself, on a second level
  *   below a row of the tree's nodes over the tokens before the tree.
+ *
+ * In a cache that rotates keys before it stores them, a slid window's sink lies at other distances
+ * from a query than the positions that its keys were rotated for. Such a step attends every query
+ * twice, with two rotations: query i of the step sees what follows the sink, query i + num_tokens()
+ * the sink. Their states merge.
  */
 class StepLayout {
  public:
@@ -37,9 +42,18 @@ class StepLayout {
    * \brief Lay out a step.
    * \param requests Sequences as they are before the step.
    * \param page_indptr, pages Their pages after the append, from PageTable::Preview.
+   * \param rotated Whether the keys in the pool are rotated.
    */
   void Build(const std::vector<AppendRequest>& requests, const std::vector<int32_t>& page_indptr,
-             const std::vector<int32_t>& pages);
+             const std::vector<int32_t>& pages, bool rotated);
+  /*!
+   * \brief Lay out the attention of a step over the tokens before it.
+   * \param requests Sequences as they are in the step, none with a token tree.
+   */
+  void BuildPast(const std::vector<AppendRequest>& requests,
+                 const std::vector<int32_t>& page_indptr, const std::vector<int32_t>& pages);
+  /*! \brief Lay out the attention of a step among its own tokens, one after another in memory. */
+  void BuildOwn(const std::vector<AppendRequest>& requests);
 
   /*! \brief Whether blocks are single tokens rather than pages. */
   bool by_token() const { return by_token_; }
@@ -47,12 +61,16 @@ class StepLayout {
   /*! \brief Fill in what the scheduler needs of the layout; valid until the next Build. */
   void Describe(ScheduleInput* in);
   int32_t num_tokens() const { return static_cast<int32_t>(slots_.size()); }
+  /*! \brief Whether every query is there twice. */
+  bool splits() const { return splits_; }
   int64_t num_blocks() const;
   int32_t num_rows() const;
   //! [token] Where the pool takes it: page * page_size + slot.
   const std::vector<int64_t>& slots() const { return slots_; }
   //! [token] Its position in its sequence; in a tree, by depth.
   const std::vector<int32_t>& positions() const { return positions_; }
+  //! [token] The position it is rotated for: its origin, see Sequence.
+  const std::vector<int32_t>& origins() const { return origins_; }
 
  private:
   struct Level {
@@ -63,7 +81,13 @@ class StepLayout {
     int32_t num_rows() const { return static_cast<int32_t>(last_block_len.size()); }
   };
 
-  void AddSequence(const AppendRequest& r, const int32_t* pages, int32_t num_pages, Level* level);
+  void Clear();
+  void AddSequence(const AppendRequest& r, int32_t length, const int32_t* pages, int32_t num_pages,
+                   Level* level);
+  /*! Tokens that this request's own queries leave to their twins. */
+  int32_t SinkOf(const Sequence& sequence) const {
+    return splits_ && sequence.dropped > 0 ? sequence.hole_begin : 0;
+  }
   void AddTree(const AppendRequest& r, const int32_t* pages);
   /*! Append tokens [begin, end) of a sequence as blocks. */
   void AddTokens(const Sequence& sequence, const int32_t* pages, int32_t begin, int32_t end,
@@ -72,9 +96,9 @@ class StepLayout {
 
   int32_t page_size_;
   int64_t page_stride_;
-  bool by_token_ = false;
+  bool by_token_ = false, splits_ = false;
   int32_t num_levels_ = 1;
-  std::vector<int32_t> qo_indptr_, kv_len_, positions_;
+  std::vector<int32_t> qo_indptr_, kv_len_, positions_, origins_, twin_positions_;
   std::vector<int64_t> slots_;
   Level levels_[2];
   LayoutLevel views_[2];

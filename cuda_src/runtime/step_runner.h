@@ -6,6 +6,7 @@
 
 #include <tvm/runtime/tensor.h>
 #include <tvm_flashinfer/params.h>
+#include <tvm_flashinfer/variant.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -47,6 +48,13 @@ class StepRunner {
   virtual void Attend(AttentionParams* params) = 0;
   /*! \brief Copy to or from the device's memory, in the order of the other calls. */
   virtual void Copy(void* to, const void* from, int64_t bytes) = 0;
+  /*! \brief A query sees `window` tokens, itself included: so masks the kernel's variant. */
+  void UseWindow(int32_t window) {
+    window_ = window;
+    variant_args_.arg[0].i = window - 1;
+  }
+  /*! \brief Parameters of the kernel's variant. */
+  const VariantArgs* variant_args() const { return &variant_args_; }
   /*! \brief See KVCacheObj::GraphKey. */
   virtual int64_t GraphKey() const = 0;
 
@@ -74,6 +82,10 @@ class StepRunner {
     PlanBounds b = PageBounds();
     b.max_levels = 2;
     b.max_requests = config_.max_batch + config_.max_q_tokens();  // a row for each node of a tree
+    if (config_.sliding_window) {                                 // every query may be there twice
+      b.max_requests += config_.max_batch;
+      b.max_q_tokens *= 2;
+    }
     b.max_kv_pages = 4096;
     while (b.max_kv_pages < num_blocks) b.max_kv_pages *= 2;
     return b;
@@ -86,11 +98,14 @@ class StepRunner {
     in.causal = kernel_->causal != 0;
     in.group = group();
     in.kv_align = kernel_->kv_align;
+    if (window_ > 0) in.window_left = window_ - 1;
     return in;
   }
 
   KVCacheConfig config_;
   KernelHandle kernel_;
+  int32_t window_ = 0;
+  VariantArgs variant_args_{};
 };
 
 }  // namespace tvm_flashinfer

@@ -133,8 +133,8 @@ def test_a_model_gives_the_same_over_either_cache(scaling: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"attn_kind": "mla"}, "attn_kind is 'mla': this cache serves 'mha'"),
-        ({"rope_mode": RopeMode.INLINE}, "rope_mode is INLINE"),
+        ({"attn_kind": ["mla", "mha"]}, "this cache serves 'mha' and 'mha_sliding', or 'mla'"),
+        ({"attn_kind": "mla"}, "rope_mode must be NONE with attn_kind 'mla'"),
         ({"enable_disaggregation": True}, "enable_disaggregation"),
         ({"dtype": "int8"}, "q_dtype is 'int8'"),
     ],
