@@ -34,7 +34,13 @@ uint64_t Mix(uint64_t hash, const Any& value) {
     for (const Any& element : *array) hash = Mix(hash, element);
     return hash;
   }
+  if (auto extents = value.as<Shape>()) {  // a new object at every call
+    for (int64_t extent : *extents) hash = Mix(hash, static_cast<uint64_t>(extent));
+    return hash;
+  }
   if (const auto* cache = value.as<KVCacheObj>()) {
+    // A cache may be freed and another take its place: its plans never do.
+    hash = Mix(hash, reinterpret_cast<uintptr_t>(cache));
     return Mix(hash, static_cast<uint64_t>(cache->GraphKey()));
   }
   if (const auto* object = value.as<tvm::ffi::Object>()) {

@@ -69,7 +69,7 @@ CudaPlan::CudaPlan(const CudaKernel& kernel, const KVCacheConfig& config, PlanBo
   const PlanLayout& layout = scheduler_.layout();
   const int64_t bytes = plan_offset() + layout.total * int64_t{sizeof(int32_t)};
   block_ = Tensor::Empty({bytes}, {kDLUInt, 8, 1}, device);
-  positions_ = block_.CreateView({bounds.max_q_tokens}, {kDLInt, 32, 1}, positions_offset());
+  positions_ = block_.CreateView({bounds.max_q_tokens}, {kDLInt, 32, 1});
   const DLDataType f32{kDLFloat, 32, 1};
   const int64_t partials = std::max<int64_t>(1, layout.max_partials);
   o_partial_ = Tensor::Empty({partials, config.num_qo_heads, config.head_dim_vo}, f32, device);
@@ -89,9 +89,10 @@ void CudaPlan::Make(const ScheduleInput& in, const StepLayout& layout) {
       (plan.Offset(PlanSection::kKVIndices) + layout.num_blocks()) * int64_t{sizeof(int32_t)};
   char* staging = stagings_[next]->Acquire(bytes);
   scheduler_.Plan(in, reinterpret_cast<int32_t*>(staging + plan_offset()));
-  std::copy(layout.slots().begin(), layout.slots().end(), reinterpret_cast<int64_t*>(staging));
   std::copy(layout.positions().begin(), layout.positions().end(),
-            reinterpret_cast<int32_t*>(staging + positions_offset()));
+            reinterpret_cast<int32_t*>(staging));
+  std::copy(layout.slots().begin(), layout.slots().end(),
+            reinterpret_cast<int64_t*>(staging + slots_offset()));
   current_ = next;
   used_bytes_ = bytes;
 }
@@ -101,7 +102,8 @@ void CudaPlan::Send(void* stream) {
 }
 
 const int64_t* CudaPlan::slots() const {
-  return static_cast<const int64_t*>(DataOf(*block_.operator->()));
+  const auto* block = static_cast<const char*>(DataOf(*block_.operator->()));
+  return reinterpret_cast<const int64_t*>(block + slots_offset());
 }
 
 void CudaPlan::Describe(AttentionParams* params) const {

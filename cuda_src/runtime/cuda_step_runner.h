@@ -62,8 +62,12 @@ class CudaPlan {
  private:
   static constexpr int kStagings = 3;
 
-  int64_t positions_offset() const { return bounds_.max_q_tokens * int64_t{sizeof(int64_t)}; }
-  int64_t plan_offset() const { return (positions_offset() * 3 / 2 + 63) / 64 * 64; }
+  // Positions come first: compiled functions that read them accept no offset.
+  int64_t slots_offset() const { return Align(bounds_.max_q_tokens * int64_t{sizeof(int32_t)}); }
+  int64_t plan_offset() const {
+    return slots_offset() + Align(bounds_.max_q_tokens * int64_t{sizeof(int64_t)});
+  }
+  static int64_t Align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
   PlanBounds bounds_;
   int32_t tile_rows_;
@@ -72,7 +76,7 @@ class CudaPlan {
   std::array<std::unique_ptr<StagingBuffer>, kStagings> stagings_;
   int current_ = 0;
   int64_t used_bytes_ = 0;
-  tvm::runtime::Tensor block_;  //!< slots, positions, plan: as in staging memory
+  tvm::runtime::Tensor block_;  //!< positions, slots, plan: as in staging memory
   tvm::runtime::Tensor positions_;
   tvm::runtime::Tensor o_partial_, lse_partial_, tickets_;
 };

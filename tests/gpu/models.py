@@ -134,17 +134,47 @@ def build_large(folder: Path, arch: str) -> None:
     (folder / "llama8b.json").write_text(json.dumps(_describe(compiled)))
 
 
+def build_large_tir(folder: Path, arch: str) -> None:
+    """The same model and linear layers with TVM's paged KV cache and its TIR kernels, as a peer.
+
+    TVM's attention is called by a name that graph capture excludes, so nothing is captured.
+    """
+    import tvm
+
+    from relax_passes.combine_linear import combine_parallel_linears
+    from relax_passes.paginate import PaginateAttention
+    from relax_passes.pipeline import resolve_target
+    from relax_passes.pipeline_cuda import lower_pipeline, toolchain
+
+    imported = _import(LLAMA_8B, "float16")
+    target = resolve_target(f"cuda -arch={arch}")
+    module, params = combine_parallel_linears(imported.module, imported.params)
+    paginate = PaginateAttention(
+        "tir", target=target, max_seq_len=4352, prefill_chunk_size=512, max_batch=64
+    )
+    with toolchain(target):
+        executable = tvm.compile(
+            tvm.transform.Sequential([paginate])(module),
+            target=target,
+            relax_pipeline=lower_pipeline(target, capture=False),
+        )
+    executable.export_library(str(folder / "llama8b_tir.so"))
+    about = json.loads((folder / "llama8b.json").read_text())
+    about["params"] = [[list(value.shape), str(value.dtype)] for value in params.values()]
+    (folder / "llama8b_tir.json").write_text(json.dumps(about))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arch", default="sm_90a")
-    parser.add_argument("--only", choices=["tiny", "large"])
+    parser.add_argument("--only", choices=["tiny", "large", "tir"])
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    if options.only != "large":
-        build_tiny(options.folder, options.arch)
-    if options.only != "tiny":
-        build_large(options.folder, options.arch)
+    builders = {"tiny": build_tiny, "large": build_large, "tir": build_large_tir}
+    for name, build in builders.items():
+        if options.only in (None, name):
+            build(options.folder, options.arch)
 
 
 if __name__ == "__main__":

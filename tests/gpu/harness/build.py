@@ -114,7 +114,9 @@ def build_cuda(folder: Path, spec: ModuleSpec, arch: str) -> Compiled:
     if compiler is None:
         raise RuntimeError("nvcc was not found: set CUDA_HOME")
     command = [compiler, "-std=c++17", "-O3", "-Xptxas", "-v", "-lineinfo", "-cudart", "static"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    # With sm_80's PTX too, so that later devices run what was compiled for it.
+    code = f"sm_{arch}" if arch.endswith("a") else f"[sm_{arch},compute_{arch}]"
+    command += [f"-gencode=arch=compute_{arch},code={code}"]
     command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-shared"]
     return _build(folder, spec, f"sm_{arch}", [*command, f"-I{INCLUDE}"])
 
@@ -128,7 +130,7 @@ def build_read_floor(folder: Path, arch: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         command = [nvcc() or "nvcc", "-std=c++17", "-O3", "-cudart", "static"]
         command += [
-            f"-gencode=arch=compute_{arch},code=sm_{arch}",
+            f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]",
             "-Xcompiler",
             "-fPIC",
             "-shared",
