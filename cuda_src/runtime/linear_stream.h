@@ -13,7 +13,7 @@
 //
 // (The machine was shared: best runs of several.) At 1 and 2 rows 16-bit weights keep the same
 // GB/s, that is, take half the time. BLAS draws level between 32 and 128 rows.
-// scripts/bench_linear.py measures anew.
+// `tvm-flashinfer bench linear` measures anew.
 #ifndef TVM_FLASHINFER_RUNTIME_LINEAR_STREAM_H_
 #define TVM_FLASHINFER_RUNTIME_LINEAR_STREAM_H_
 

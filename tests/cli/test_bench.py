@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
 
+import numpy as np
+import oracle
 import pytest
 from rich.console import Console
 
@@ -92,3 +95,59 @@ def test_suite_generate_on_a_small_model(tmp_path: Path) -> None:
     assert len(report.skipped) == 1
     share = rows["context 96", "attention's share of a step"]
     assert 0 < share.ours < 100
+
+
+def small_context(tmp_path: Path) -> Context:
+    return Context(Report({}, {}), lambda stage: None, _never, tmp_path, "cpu", 1)
+
+
+def _never(*args: object) -> None:
+    raise AssertionError("this suite compiles no model")
+
+
+def test_suite_attention_on_small_batches(tmp_path: Path) -> None:
+    """Every contender of every kind of case runs, and computes the same."""
+    pytest.importorskip("torch")
+    from tvm_flashinfer.bench.attention import Batch, Case, run
+    from tvm_flashinfer.variant import soft_cap_window
+
+    params = (("window_left", 16), ("cap", 50.0))
+    cases = (
+        Case("decode", (1, 1), (33, 33)),
+        Case("decode zipf", (1, 1), (70, 16), page_size=1),
+        Case("append", (5, 3), (37, 19)),
+        Case("prefix", (1, 1, 1), (40, 36, 35), prefix=32),
+        Case("variant", (16,), (16,), variant=soft_cap_window, params=params),
+    )
+    context = small_context(tmp_path)
+    run(context, cases)
+    rows = {row.case: row for row in context.report.rows}
+    assert list(rows) == [case.name for case in cases]
+    assert all(row.ours > 0 and row.floor and row.peers for row in rows.values())
+    assert "tvm-tir" in rows["decode"].peers
+    assert "ours, flat" in rows["prefix"].peers
+    assert "ours, plain" in rows["variant"].peers
+
+    for case in cases[:4]:
+        batch = Batch(case)
+        batch.ours()(0)
+        got = batch.out.numpy()
+        start = 0
+        for queries, (k, v) in zip(case.queries, batch.contiguous, strict=True):
+            q = batch.q[start : start + queries].numpy()
+            keys, values = (x[0].transpose(0, 1).numpy() for x in (k, v))
+            visible = np.tri(queries, len(keys), len(keys) - queries, dtype=bool)
+            expected, _ = oracle.attend(q, keys, values, 128**-0.5, visible)
+            error = abs(got[start : start + queries] - expected).max()
+            assert error <= 1e-5 * abs(expected).max(), case.name
+            start += queries
+
+
+def test_suite_schedule(tmp_path: Path) -> None:
+    from tvm_flashinfer.bench.schedule import run
+
+    context = dataclasses.replace(small_context(tmp_path), cases="uniform 16x*")
+    run(context)
+    (row,) = context.report.rows
+    assert row.ours > 0
+    assert all(value > 0 for value in row.peers.values())

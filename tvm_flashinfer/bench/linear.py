@@ -8,9 +8,7 @@ bandwidth, and the arithmetic at its matrix rate. A few rows (decoding) are boun
 from __future__ import annotations
 
 import importlib.util
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 from .machine import matmul_rate, read_bandwidth
 from .report import Row
 from .suites import Context
+from .timing import Call, measure
 
 DTYPES: dict[str, Any] = {
     "float32": np.float32,
@@ -31,11 +30,6 @@ FEW_ROWS = (1, 2, 4, 8, 16, 32)
 MANY_ROWS = (128, 512, 2048)
 #: Bytes of weights that take turns: several times a large last-level cache.
 ROTATION = 128 << 20
-#: A peer that takes longer than this for a call, in seconds, is measured once.
-SLOW = 1.0
-BUDGET = 0.5
-
-Call = Callable[[int], object]
 
 
 def run(context: Context) -> None:
@@ -49,7 +43,8 @@ def run(context: Context) -> None:
         if not context.wants(case):
             continue
         context.progress(f"linear {case}")
-        medians, samples = measure(_contenders(context, dtype, rows, k, n))
+        seconds, samples = measure(_contenders(context, dtype, rows, k, n))
+        medians = {name: 1e6 * value for name, value in seconds.items()}
         weight_bytes = k * n * np.dtype(DTYPES[dtype]).itemsize
         context.report.rows.append(
             Row(
@@ -64,30 +59,6 @@ def run(context: Context) -> None:
                 samples=samples,
             )
         )
-
-
-def measure(contenders: dict[str, Call]) -> tuple[dict[str, float], int]:
-    """Medians in microseconds, and how many samples each is of; they run in turns."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    slow = set()
-    for name, call in contenders.items():
-        start = time.perf_counter()
-        call(0)  # the first call compiles, loads or allocates; it counts if there is no other
-        times[name].append(time.perf_counter() - start)
-        if times[name][0] > SLOW:
-            slow.add(name)
-        else:
-            times[name].clear()
-    deadline = time.perf_counter() + BUDGET * len(contenders)
-    turn = 0
-    while turn < 5 or (turn < 200 and time.perf_counter() < deadline):
-        for name, call in contenders.items():
-            if name not in slow:
-                start = time.perf_counter()
-                call(turn)
-                times[name].append(time.perf_counter() - start)
-        turn += 1
-    return {name: 1e6 * statistics.median(values) for name, values in times.items()}, turn
 
 
 def _contenders(context: Context, dtype: str, rows: int, k: int, n: int) -> dict[str, Call]:

@@ -51,7 +51,9 @@ class Suite(Protocol):
 
 
 SUITES = {
+    "attention": "one layer on a CPU beside PyTorch, onnxruntime and TVM's kernels",
     "generate": "whole models: latency between tokens, attention's share, prefill",
+    "schedule": "what a plan costs beside a plain sort of as many work items",
     "linear": "linear layers beside numpy, PyTorch and TVM's own code",
 }
 

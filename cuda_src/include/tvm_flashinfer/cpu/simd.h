@@ -203,7 +203,8 @@ struct SimdLanes {
   }
 };
 
-inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Into L2: a core has too few L1 fill buffers for prefetches and the loads of this block at once.
+inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace cpu
 }  // namespace tvm_flashinfer

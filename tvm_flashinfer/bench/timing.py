@@ -1,0 +1,42 @@
+"""Contenders timed in turns, so that whatever else the machine does meets them all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+__all__ = ["Call", "measure"]
+
+#: What is timed: called with the number of the turn, by which it may choose its data.
+Call = Callable[[int], object]
+
+#: A contender that takes longer than this for a call, in seconds, is measured once.
+SLOW = 2.0
+#: Seconds for each contender, if that many turns are not enough.
+BUDGET = 0.5
+FEWEST_TURNS, MOST_TURNS = 5, 200
+
+
+def measure(contenders: Mapping[str, Call]) -> tuple[dict[str, float], int]:
+    """Median seconds of a call by contender, and how many samples each is of."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    slow = set()
+    for name, call in contenders.items():
+        start = time.perf_counter()
+        call(0)  # the first call compiles, loads or allocates; it counts if there is no other
+        times[name].append(time.perf_counter() - start)
+        if times[name][0] > SLOW:
+            slow.add(name)
+        else:
+            times[name].clear()
+    deadline = time.perf_counter() + BUDGET * len(contenders)
+    turn = 0
+    while turn < FEWEST_TURNS or (turn < MOST_TURNS and time.perf_counter() < deadline):
+        for name, call in contenders.items():
+            if name not in slow:
+                start = time.perf_counter()
+                call(turn)
+                times[name].append(time.perf_counter() - start)
+        turn += 1
+    return {name: statistics.median(values) for name, values in times.items()}, turn
