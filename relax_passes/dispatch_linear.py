@@ -69,9 +69,12 @@ class _Linear:
     layout: str
     bias: relax.Expr | None = None
     on_cuda: bool = False
+    row_kernel: str = ""
 
     @property
     def function(self) -> str:
+        if self.row_kernel and _is_row(self):
+            return self.row_kernel + ("_bias" if self.bias is not None else "")
         if self.on_cuda:
             return CUDA_FUNCTION_NK if self.layout == "NK" else CUDA_FUNCTION_KN
         return FUNCTION_NK if self.layout == "NK" else FUNCTION_KN
@@ -114,6 +117,9 @@ class DispatchLinear:
         What the module is compiled for; the current target by default. Devices other than CPUs and
         CUDA are left alone; on CUDA the functions are ``linear_cuda`` and ``linear_cuda_kn``, which
         take operands of one dtype.
+    row_kernel : str
+        On CUDA, the function for 16-bit layers whose input is known to be a single row, as in a
+        decoding step of one sequence (``tvm_flashinfer.jit_cuda.build_linear_row``).
     report : list[LinearSite] | None
         Gets one entry for each matmul of the module, in order.
 
@@ -127,9 +133,11 @@ class DispatchLinear:
         self,
         target: tvm.target.Target | None = None,
         *,
+        row_kernel: str = "",
         report: list[LinearSite] | None = None,
     ) -> None:
         self.target = target
+        self.row_kernel = row_kernel
         self.report = report
 
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
@@ -144,7 +152,10 @@ class DispatchLinear:
         for gvar, func in mod.functions_items():
             if not isinstance(func, relax.Function) or _is_library_function(func):
                 continue
-            linears = list(_find(gvar.name_hint, func, target, report))
+            linears = [
+                replace(linear, row_kernel=self.row_kernel)
+                for linear in _find(gvar.name_hint, func, target, report)
+            ]
             if linears:
                 rewritten = _Rewriter(mod, linears).visit_expr(func)
                 updated[gvar] = relax.analysis.remove_all_unused(rewritten)
@@ -255,6 +266,20 @@ def _match(
             + ", no parameter or constant"
         )
     return _Linear(binding.var, x, weight, layout, on_cuda=on_cuda)
+
+
+def _is_row(linear: _Linear) -> bool:
+    """Whether the input is one row, in the layout and dtype of the row kernel."""
+    shape = shape_of(linear.x)
+    if not linear.on_cuda or not shape or linear.layout != "NK":
+        return False
+    features = static_int(shape[-1])
+    return (
+        all(map(is_one, shape[:-1]))
+        and features is not None
+        and features % 8 == 0
+        and dtype_of(linear.x) in ("float16", "bfloat16")
+    )
 
 
 def _accepted(linear: _Linear) -> bool:

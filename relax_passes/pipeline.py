@@ -161,10 +161,11 @@ def compile_causal_lm(
         raise CompileError(f"prefill_chunk_size is {chunk}; accepted are whole numbers from 1.")
 
     report = Report()
-    kernel = None
+    kernel = row_kernel = None
     if attention == "ours":
         say("build kernel")
         kernel = _build_kernel(imported, where, say)
+        row_kernel = _build_row_kernel(imported, where, say)
     module, params = imported.module, imported.params
     if attention == "ours":
         module, params = combine_parallel_linears(module, params)
@@ -184,11 +185,16 @@ def compile_causal_lm(
     except PaginateError as why:
         raise CompileError(str(why)) from None
     if kernel is not None:
-        library = tvm.runtime.load_static_library(kernel.object_path, [kernel.symbol])
-        module = module.with_attr("external_mods", [library])
+        libraries = [tvm.runtime.load_static_library(kernel.object_path, [kernel.symbol])]
+        if row_kernel is not None:
+            names = [row_kernel.symbol, f"{row_kernel.symbol}_bias"]
+            libraries.append(tvm.runtime.load_static_library(row_kernel.object_path, names))
+        module = module.with_attr("external_mods", libraries)
     say("lower")
     pipeline = (
-        lower_pipeline(where, cuda_graph=cuda_graph)
+        lower_pipeline(
+            where, cuda_graph=cuda_graph, row_kernel=row_kernel.symbol if row_kernel else ""
+        )
         if attention == "ours"
         else baseline_pipeline(where)
     )
@@ -244,6 +250,17 @@ def _build_kernel(
     return jit.build_attention(spec, mcpu=kernel_cpu(target), progress=say)
 
 
+def _build_row_kernel(
+    imported: ImportedCausalLM, target: tvm.target.Target, say: Callable[[str], None]
+) -> Any:
+    """On CUDA the linear layer of a single row, which cuBLASLt reads at less than full speed."""
+    from tvm_flashinfer import jit_cuda
+
+    if target.kind.name != "cuda" or imported.dtype not in jit_cuda.CPP_TYPES:
+        return None
+    return jit_cuda.build_linear_row(imported.dtype, arch=str(target.attrs["arch"]), progress=say)
+
+
 def _toolchain(target: tvm.target.Target) -> contextlib.AbstractContextManager[None]:
     """What TVM needs around it to compile for the target."""
     if target.kind.name != "cuda":
@@ -287,12 +304,14 @@ def baseline_pipeline(target: tvm.target.Target) -> tvm.transform.Pass:
     return relax.get_default_pipeline(target)
 
 
-def lower_pipeline(target: tvm.target.Target, *, cuda_graph: bool = True) -> tvm.transform.Pass:
+def lower_pipeline(
+    target: tvm.target.Target, *, cuda_graph: bool = True, row_kernel: str = ""
+) -> tvm.transform.Pass:
     """From a paginated module to VM functions: linear layers to a BLAS, the rest fused."""
     if target.kind.name == "cuda":
         from relax_passes import pipeline_cuda
 
-        return pipeline_cuda.lower_pipeline(target, capture=cuda_graph)
+        return pipeline_cuda.lower_pipeline(target, capture=cuda_graph, row_kernel=row_kernel)
     from relax_passes.dispatch_linear import DispatchLinear
     from relax_passes.fold_layout import FoldLayout
     from relax_passes.fuse_norm import FuseRMSNorm

@@ -18,7 +18,9 @@ from tvm import relax
 _DRIVER = "libcuda.so.1"
 
 
-def lower_pipeline(target: tvm.target.Target, *, capture: bool = True) -> tvm.transform.Pass:
+def lower_pipeline(
+    target: tvm.target.Target, *, capture: bool = True, row_kernel: str = ""
+) -> tvm.transform.Pass:
     """From a paginated module to VM functions.
 
     Parameters
@@ -27,6 +29,8 @@ def lower_pipeline(target: tvm.target.Target, *, capture: bool = True) -> tvm.tr
         Of kind cuda.
     capture : bool
         Run decoding steps as CUDA graphs.
+    row_kernel : str
+        See DispatchLinear.
     """
     from tvm.s_tir import dlight
 
@@ -40,7 +44,7 @@ def lower_pipeline(target: tvm.target.Target, *, capture: bool = True) -> tvm.tr
     @tvm.transform.module_pass(opt_level=0, name="LowerForCUDA")
     def run(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         passes = [
-            DispatchLinear(target),
+            DispatchLinear(target, row_kernel=row_kernel),
             FuseRMSNorm(target),
             FoldLayout(),
             *([PrepareCapture()] if capture else []),

@@ -153,46 +153,193 @@ def build_attention(
     """
     number = cuda_arch(arch)
     source = kernel_source(spec, "table")
-    nvcc, compiler = find_nvcc(), find_compiler()
+    flags = _flags(number)
+    symbol = f"tvm_flashinfer_cuda_{spec.label}_{_digest(source, flags)}"
+    table = f"{symbol}_table"
+    return _cached(
+        symbol,
+        f"attention {spec.label}",
+        flags,
+        kernel_source(spec, table),
+        glue_source(symbol, table),
+        (symbol,),
+        progress,
+    )
+
+
+def linear_row_source(dtype: str, table: str) -> str:
+    """CUDA C++ that runs ``cuda/linear_row.cuh`` for one dtype."""
+    if dtype not in CPP_TYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected {' or '.join(CPP_TYPES)}")
+    element = CPP_TYPES[dtype]
+    return f"""#include <tvm_flashinfer/cuda/linear_row.cuh>
+
+__attribute__((visibility("hidden"))) const char* {table}(
+    const void* x, const void* weight, const void* bias, void* out, int64_t n, int64_t k,
+    bool wide_out, void* stream) {{
+  using namespace tvm_flashinfer;
+  const cuda::LinearRowParams p{{x, weight, bias, out, n, static_cast<int32_t>(k / 8)}};
+  return wide_out ? cuda::RunLinearRow<{element}, float>(p, stream)
+                  : cuda::RunLinearRow<{element}, {element}>(p, stream);
+}}
+"""
+
+
+def _linear_row_glue(dtype: str, symbol: str, table: str) -> str:
+    code = {"float16": "kDLFloat", "bfloat16": "kDLBfloat"}[dtype]
+    return f"""#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/function.h>
+
+using tvm::ffi::TensorView;
+
+const char* {table}(const void* x, const void* weight, const void* bias, void* out, int64_t n,
+                    int64_t k, bool wide_out, void* stream);
+
+static void* Data(const TensorView& t) {{
+  return static_cast<char*>(t.data_ptr()) + t.byte_offset();
+}}
+
+static void Check(bool holds, const char* name, const TensorView& t, const char* accepted) {{
+  if (holds) return;
+  std::string shape;
+  for (int i = 0; i < t.ndim(); ++i) shape += (i ? ", " : "") + std::to_string(t.size(i));
+  TVM_FFI_THROW(ValueError) << "argument `" << name << "` of shape [" << shape << "] and dtype "
+                            << tvm::ffi::DLDataTypeToString(t.dtype()) << ": expected " << accepted;
+}}
+
+static void Run(TensorView x, TensorView weight, const TensorView* bias, TensorView out) {{
+  const DLDataType type{{{code}, 16, 1}};
+  const auto aligned = [](const TensorView& t) {{
+    return t.IsContiguous() && reinterpret_cast<uintptr_t>(Data(t)) % 16 == 0;
+  }};
+  int64_t k = 1, n = 1;
+  for (int i = 0; i < x.ndim(); ++i) k *= x.size(i);
+  for (int i = 0; i < out.ndim(); ++i) n *= out.size(i);
+  Check(x.dtype() == type && k % 8 == 0 && aligned(x), "x", x,
+        "{dtype}, one contiguous row of a multiple of 8 elements, 16-byte aligned");
+  Check(weight.dtype() == type && weight.ndim() == 2 && weight.size(0) == n &&
+            weight.size(1) == k && aligned(weight),
+        "weight", weight, "{dtype}, contiguous [features of out, elements of x], 16-byte aligned");
+  const bool wide = out.dtype() == DLDataType{{kDLFloat, 32, 1}};
+  Check((wide || out.dtype() == type) && out.IsContiguous(), "out", out,
+        "{dtype} or float32, contiguous");
+  if (bias != nullptr) {{
+    Check(bias->dtype() == out.dtype() && bias->ndim() == 1 && bias->size(0) == n &&
+              bias->IsContiguous(),
+          "bias", *bias, "[features of out], of its dtype");
+  }}
+  for (const TensorView* t : {{&x, &weight, &out}}) {{
+    Check(t->device().device_type == kDLCUDA, "x, weight or out", *t, "a CUDA tensor");
+  }}
+  if (n == 0) return;
+  void* stream = TVMFFIEnvGetStream(kDLCUDA, x.device().device_id);
+  const char* error = {table}(Data(x), Data(weight), bias == nullptr ? nullptr : Data(*bias),
+                              Data(out), n, k, wide, stream);
+  if (error != nullptr) TVM_FFI_THROW(RuntimeError) << "linear layer of one row: " << error;
+}}
+
+static void Plain(TensorView x, TensorView weight, TensorView out) {{
+  Run(x, weight, nullptr, out);
+}}
+static void WithBias(TensorView x, TensorView weight, TensorView bias, TensorView out) {{
+  Run(x, weight, &bias, out);
+}}
+TVM_FFI_DLL_EXPORT_TYPED_FUNC({symbol}, Plain);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC({symbol}_bias, WithBias);
+"""
+
+
+def build_linear_row(dtype: str, *, arch: str, progress: Progress | None = None) -> KernelArtifact:
+    """Compile the linear layer of a single row, or find it in the cache.
+
+    The artifact exports ``symbol(x, weight, out)`` and ``symbol_bias(x, weight, bias, out)``.
+    Errors are those of :func:`build_attention`.
+    """
+    number = cuda_arch(arch)
+    source = linear_row_source(dtype, "linear_row")
+    glue = _linear_row_glue(dtype, "symbol", "linear_row")
+    flags = _flags(number)
+    symbol = f"tvm_flashinfer_cuda_linear_row_{dtype}_{_digest(source + glue, flags)}"
+    return _cached(
+        symbol,
+        f"linear layer of one row, {dtype}",
+        flags,
+        linear_row_source(dtype, f"{symbol}_run"),
+        _linear_row_glue(dtype, symbol, f"{symbol}_run"),
+        (symbol, f"{symbol}_bias"),
+        progress,
+    )
+
+
+def _flags(arch: str) -> list[str]:
     flags = ["-std=c++17", "-O3", "-cudart", "none"]
-    flags += [f"-gencode=arch=compute_{number},code=sm_{number}"]
-    flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    key = repr((source, flags, _headers_digest(), _version(nvcc), _version(compiler)))
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    symbol = f"tvm_flashinfer_cuda_{spec.label}_{digest}"
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    return [*flags, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
+
+def _digest(source: str, flags: list[str]) -> str:
+    versions = _version(find_nvcc()), _version(find_compiler())
+    key = repr((source, flags, _headers_digest(), *versions))
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _cached(
+    symbol: str,
+    label: str,
+    flags: list[str],
+    source: str,
+    glue: str,
+    exports: tuple[str, ...],
+    progress: Progress | None,
+) -> KernelArtifact:
+    """The artifact of that name, compiled unless it is there."""
     folder = cache_dir() / symbol
     done = KernelArtifact(str(folder / "kernel.o"), str(folder / "kernel.so"), symbol)
     if Path(done.library_path).is_file() and Path(done.object_path).is_file():
         return done
     if progress is not None:
-        progress(f"compile CUDA attention kernel {spec.label} (usually {USUAL_SECONDS} s)")
-    _build(spec, symbol, folder, nvcc, compiler, flags)
+        progress(f"compile CUDA kernel {label} (usually {USUAL_SECONDS} s)")
+    _build(folder, flags, source, glue, exports)
     return done
 
 
 def _build(
-    spec: AttentionSpec, symbol: str, folder: Path, nvcc: str, compiler: str, flags: list[str]
+    folder: Path, flags: list[str], source: str, glue_text: str, exports: tuple[str, ...]
 ) -> None:
     from tvm_ffi import libinfo
     from tvm_ffi.utils import FileLock
 
+    nvcc, compiler = find_nvcc(), find_compiler()
     folder.mkdir(parents=True, exist_ok=True)
-    table = f"{symbol}_table"
     with FileLock(str(folder / "build.lock")):
         kernel, glue = folder / "table.cu", folder / "glue.cc"
-        kernel.write_text(kernel_source(spec, table))
-        glue.write_text(glue_source(symbol, table))
+        kernel.write_text(source)
+        glue.write_text(glue_text)
         kernel_object, glue_object = folder / "table.o", folder / "glue.o"
         _run([nvcc, *flags, f"-I{include_dir()}", "-c", str(kernel), "-o", str(kernel_object)])
         include = [f"-I{path}" for path in libinfo.include_paths()]
         common = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"]
         _run([compiler, *common, *include, "-c", str(glue), "-o", str(glue_object)])
-        # One object with the CUDA runtime inside and nothing to be seen but the packed function:
-        # whoever links it, several of them too, needs no flags.
+        # One object with the CUDA runtime inside and nothing to be seen but the packed functions:
+        # whoever links it, several of them too, needs no flags. Section groups are dissolved, or
+        # the linker would drop those of the second object that the first one has as well.
         whole, library = folder / "whole.o", folder / "library.so"
         runtime = Path(nvcc).resolve().parents[1] / "lib64" / "libcudart_static.a"
-        _run(["ld", "-r", "-o", str(whole), str(kernel_object), str(glue_object), str(runtime)])
-        _run(["objcopy", f"--keep-global-symbol=__tvm_ffi_{symbol}", str(whole)])
+        _run(
+            [
+                "ld",
+                "-r",
+                "--force-group-allocation",
+                "-o",
+                str(whole),
+                str(kernel_object),
+                str(glue_object),
+                str(runtime),
+            ]
+        )
+        keep = [f"--keep-global-symbol=__tvm_ffi_{name}" for name in exports]
+        _run(["objcopy", *keep, str(whole)])
         link = ["-shared", "-o", str(library), str(whole), "-lpthread", "-ldl", "-lrt"]
         _run([compiler, *link])
         # Moved into place last, and whole: a reader without the lock sees all or nothing.

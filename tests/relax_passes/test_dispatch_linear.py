@@ -249,6 +249,29 @@ def test_cuda_goes_to_cublaslt_in_dtypes_that_it_takes() -> None:
     assert all(site.rewritten for site in report)
 
 
+def test_a_single_row_on_cuda_goes_to_the_row_kernel() -> None:
+    def module(rows: int, dtype: str) -> tvm.IRModule:
+        builder = relax.BlockBuilder()
+        x = relax.Var("x", relax.TensorType((1, rows, 24), dtype))
+        w = relax.Var("w", relax.TensorType((40, 24), dtype))
+        b = relax.Var("b", relax.TensorType((40,), dtype))
+        with builder.function("main", [x, w, b], {"num_input": 1}):
+            with builder.dataflow():
+                product = builder.emit(relax.op.matmul(x, relax.op.permute_dims(w)))
+                out = builder.emit_output(relax.op.add(product, b))
+            builder.emit_func_output(out)
+        return builder.get()
+
+    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90"})
+    for rows, dtype, expected in (
+        (1, "float16", "row_bias"),
+        (2, "float16", "tvm_flashinfer.linear_cuda"),
+        (1, "float32", "tvm_flashinfer.linear_cuda"),
+    ):
+        after = DispatchLinear(target, row_kernel="row")(module(rows, dtype))
+        assert ops(after) == [expected]
+
+
 def test_other_devices_are_left_alone() -> None:
     after, report = dispatch(Linears, tvm.target.Target("opencl"))
     tvm.ir.assert_structural_equal(after, Linears)

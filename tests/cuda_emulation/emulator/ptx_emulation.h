@@ -21,6 +21,14 @@ inline uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - Block::Current().shared());
 }
 
+inline void Load16(uint32_t (&r)[4], const void* global) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    Block::Current().Fail("misaligned global address of a 16-byte load");
+  }
+  std::memcpy(r, global, 16);
+}
+inline void LoadStream16(uint32_t (&r)[4], const void* global) { Load16(r, global); }
+
 inline void CpAsync16(uint32_t shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     Block::Current().Fail("misaligned global address of cp.async");

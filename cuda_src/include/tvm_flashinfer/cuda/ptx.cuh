@@ -25,6 +25,23 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// ---- Loads ----
+
+/*! \brief 16 bytes that are read once, by this launch and no other thread: kept out of L1. */
+__device__ __forceinline__ void LoadStream16(uint32_t (&r)[4], const void* global) {
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "l"(global));
+}
+
+/*! \brief 16 bytes. */
+__device__ __forceinline__ void Load16(uint32_t (&r)[4], const void* global) {
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "l"(global)
+               : "memory");
+}
+
 // ---- Asynchronous copies, sm_80 ----
 
 /*! \brief Copy 16 bytes global -> shared, past L1. */
