@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "check.h"
+#include "huge_pages.h"
 #include "tensor_view.h"
 
 namespace tvm_flashinfer {
@@ -49,6 +50,9 @@ KVCacheObj::KVCacheObj(const KVCacheConfig& config, KernelHandle kernel, DLDataT
     LayerPool pool{Tensor::Empty(shape, dtype, device), nullptr, nullptr};
     pool.k = static_cast<char*>(DataOf(*pool.data.operator->()));
     pool.v = config.mla ? pool.k : pool.k + k_page * element_bytes_;
+    if (device.device_type == kDLCPU) {
+      PreferHugePages(pool.k, config.num_pages() * (k_page + v_page) * element_bytes_);
+    }
     layers_.push_back(std::move(pool));
   }
   AllocateTwins();
