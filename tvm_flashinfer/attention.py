@@ -68,9 +68,12 @@ class BatchAttention:
     head_dim_qk, head_dim_vo : int
         Elements of a query/key head and of a value/output head (by default the same); multiples of
         8 up to 576.
-    dtype, kv_dtype : str
-        ``float32``, ``float16`` or ``bfloat16``: of queries and outputs, and of the pool (by
-        default the same). Sums are float32.
+    dtype : str
+        ``float32``, ``float16`` or ``bfloat16``: of queries and outputs. Sums are float32.
+    kv_dtype : str
+        Of the pool, by default the same; also ``float8_e4m3fn``, ``float8_e5m2`` and ``int8``,
+        which may come as uint8 tensors, and ``int4``, which does: two elements in each, the even
+        one low. Scales are the variant's (:func:`tvm_flashinfer.variants.quantized`).
     causal : bool
         Whether a query sees no key past its own position.
     variant : Variant, optional
@@ -166,10 +169,12 @@ class BatchAttention:
         ValueError
             If the layout doesn't fit the bounds; the section of the plan is named.
         """
-        if self.spec.variant != "full" and not layout.has_positions:
+        variant = self.spec.variant
+        uses = variant == "causal" if isinstance(variant, str) else variant.uses_positions
+        if uses and not layout.has_positions:
             raise ValueError(
                 "argument `layout` has a block mask, under which keys have no positions: create "
-                "the BatchAttention with causal=False and without a variant"
+                "the BatchAttention with causal=False, or with a variant that doesn't use them"
             )
         levels = [
             [
@@ -237,7 +242,7 @@ class BatchAttention:
             ``out``, and ``lse`` where it is given or asked for.
         """
         if params is not None:
-            self._set_params(params)
+            self.set_params(params)
         q_tensor = as_tensor("q", q)
         lead = tuple(q_tensor.shape[:-1])
         if sm_scale is None:
@@ -260,7 +265,8 @@ class BatchAttention:
         _packed("batch_attention_run_with_lse")(*operands, as_tensor("lse", lse))
         return out, lse
 
-    def _set_params(self, params: Mapping[str, Any]) -> None:
+    def set_params(self, params: Mapping[str, Any]) -> None:
+        """Set the variant's parameters by name, as ``params`` of :meth:`run`."""
         declared = {} if self.variant is None else self.variant.params
         for name in params:
             if name not in declared:
@@ -274,8 +280,17 @@ class BatchAttention:
             values.append(value if isinstance(param, Scalar) else as_tensor(name, value))
         _packed("batch_attention_set_params")(self.handle, values)
 
-    def append(self, k_new: Any, v_new: Any, slots: Any, k: Any, v: Any = None) -> None:
-        """Store new keys and values into the pool.
+    def append(
+        self,
+        k_new: Any,
+        v_new: Any,
+        slots: Any,
+        k: Any,
+        v: Any = None,
+        *,
+        positions: Any = None,
+    ) -> None:
+        """Store new keys and values into the pool, transformed by the variant if it asks for that.
 
         Parameters
         ----------
@@ -286,6 +301,8 @@ class BatchAttention:
             :meth:`BlockSparseLayout.query_slots` gives those of a step.
         k, v : tensors
             The pool, as for :meth:`run`.
+        positions : int32 tensor [tokens], optional
+            Positions of the tokens in their requests, for a variant that rotates keys.
         """
         _packed("batch_attention_append")(
             self.handle,
@@ -294,6 +311,7 @@ class BatchAttention:
             as_tensor("slots", slots),
             as_tensor("k", k),
             None if v is None else as_tensor("v", v),
+            None if positions is None else as_tensor("positions", positions),
         )
 
     def section(self, name: str) -> NDArray[np.int32]:

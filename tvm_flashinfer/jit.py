@@ -32,6 +32,13 @@ CPP_TYPES = {
     "float16": "tvm_flashinfer::Float16",
     "bfloat16": "tvm_flashinfer::BFloat16",
 }
+#: Those that only pools have. An ``int4`` pool is a uint8 tensor with two elements in each.
+CPP_POOL_TYPES = CPP_TYPES | {
+    "float8_e4m3fn": "tvm_flashinfer::Float8E4M3",
+    "float8_e5m2": "tvm_flashinfer::Float8E5M2",
+    "int8": "tvm_flashinfer::Int8",
+    "int4": "tvm_flashinfer::Int4",
+}
 #: Variants written in C++ (variant.h), so that using them needs no TVM compiler: the type, and
 #: whether it hides every key after the query.
 BUILTIN_VARIANTS = {
@@ -55,8 +62,10 @@ class AttentionSpec:
 
     Attributes
     ----------
-    q_dtype, kv_dtype : str
-        ``float32``, ``float16`` or ``bfloat16``: of queries and outputs, and of the KV pool.
+    q_dtype : str
+        ``float32``, ``float16`` or ``bfloat16``: of queries and outputs.
+    kv_dtype : str
+        Of the KV pool: those, ``float8_e4m3fn``, ``float8_e5m2``, ``int8`` or ``int4``.
     head_dim_qk, head_dim_vo : int
         Elements of a query/key head and of a value/output head; multiples of 8 up to 576.
     variant : str or Variant
@@ -70,10 +79,10 @@ class AttentionSpec:
     variant: str | Variant = "causal"
 
     def __post_init__(self) -> None:
-        for name in ("q_dtype", "kv_dtype"):
-            if getattr(self, name) not in CPP_TYPES:
+        for name, types in (("q_dtype", CPP_TYPES), ("kv_dtype", CPP_POOL_TYPES)):
+            if getattr(self, name) not in types:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(CPP_TYPES)}"
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(types)}"
                 )
         for name in ("head_dim_qk", "head_dim_vo"):
             dim = getattr(self, name)
@@ -164,7 +173,7 @@ def kernel_source(spec: AttentionSpec, table: str) -> str:
     return f"""#include <tvm_flashinfer/cpu/attention.h>
 
 {declaration}using Kernel = tvm_flashinfer::cpu::Attention<
-    {CPP_TYPES[spec.q_dtype]}, {CPP_TYPES[spec.kv_dtype]},
+    {CPP_TYPES[spec.q_dtype]}, {CPP_POOL_TYPES[spec.kv_dtype]},
     {spec.head_dim_qk}, {spec.head_dim_vo},
     {variant}>;
 

@@ -26,10 +26,10 @@ from typing import Any
 import tvm
 import tvm_ffi
 
-from . import _library
-from . import variant as variants
+from . import _library, variants
 from .jit import AttentionSpec, Progress, build_attention, load_kernel
 from .rope import RopeConfig
+from .variant import Variant
 
 
 @memoize
@@ -466,7 +466,7 @@ def _create_as_tvm(*args: Any) -> Any:
         raise NotImplementedError("enable_kv_transfer: this cache doesn't transfer pages")
     dtype = str(init.dtype)
 
-    def kernel(variant: str | variants.Variant = "causal", dims: Sequence[int] = ()) -> Any:
+    def kernel(variant: str | Variant = "causal", dims: Sequence[int] = ()) -> Any:
         qk, vo = dims or (int(head_dim_qk), int(head_dim_vo))
         return load_kernel(build_attention(AttentionSpec(dtype, dtype, qk, vo, variant)))
 

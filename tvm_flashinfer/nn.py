@@ -14,7 +14,8 @@ from tvm.relax.frontend.nn.llm.position_embedding import llama_rope_with_positio
 from .autoload import build_autoload
 from .jit import AttentionSpec, KernelArtifact, build_attention
 from .rope import RopeConfig
-from .variant import Variant, sliding_window
+from .variant import Variant
+from .variants import sliding_window
 
 #: What TVM calls a scaling, where ours is the same: how pairs are formed, and our name of it.
 _SAME_SCALINGS = {None: "default", "default": "default", "gptj": "default", "llama3": "llama3"}

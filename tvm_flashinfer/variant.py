@@ -1,7 +1,15 @@
 """Attention variants: what is computed per (query, key) element, written as Python over TIR.
 
-A variant is a logits transform and a mask over the element's indices and the variant's parameters.
-Written once, it becomes C++ that every backend instantiates (``codegen.py``); what its mask does to
+A variant is a handful of small functions over an element's indices and the variant's parameters,
+each of which may be left out:
+
+- ``query``, ``key``, ``value`` and ``output`` transform the vectors of a head: queries when a tile
+  is loaded, keys and values as they leave the pool, outputs once they are final;
+- ``logits`` transforms the scaled product of a query and a key, ``mask`` says whether the query
+  sees the key, ``sink`` adds the logit of one more key whose value is zero;
+- ``store_key`` and ``store_value`` transform new keys and values on their way into the pool.
+
+Written once, they become C++ that every backend instantiates (``codegen.py``); what a mask does to
 whole tiles is found by evaluating the same mask over intervals. ALiBi, for example::
 
     from tvm_flashinfer.variant import Tensor, Variant
@@ -9,19 +17,20 @@ whole tiles is found by evaluating the same mask over intervals. ALiBi, for exam
     alibi = Variant(
         "alibi",
         params={"slope": Tensor("float32", ndim=1)},
-        logits=lambda at, x, p: x + p.slope[at.q_head] * (at.kv_idx - at.q_idx),
+        logits=lambda at, x, p: x + p.slope[at.q_head] * (at.kv_idx - at.q_idx).astype("float32"),
         mask=lambda at, p: at.kv_idx <= at.q_idx,
     )
 
-Expressions are ``tvm.tirx`` scalars of dtype float32, int32 or bool. The design follows FlashInfer
-(MLSys 2025), section 3.2.3, with the functor written in the compiler's own expression language.
+Expressions are ``tvm.tirx`` scalars of dtype float32, int32, uint32 (which wraps) or bool. The
+variants that ship are in ``variants.py``. The design follows FlashInfer (MLSys 2025), section
+3.2.3, with the functors written in the compiler's own expression language.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -32,9 +41,15 @@ MAX_PARAMS = 8
 MAX_DIMS = 4
 #: Name a tensor load carries from the expression to the code generator.
 LOAD_PREFIX = "tvm_flashinfer.load."
+#: Name that an element of the vector being transformed carries.
+ELEMENT = "tvm_flashinfer.element"
 
 Expr = Any  # a tvm.tirx expression; TVM's compiler is loaded when one is made
-DTYPES = ("float32", "int32", "bool")
+SCALAR_DTYPES = ("float32", "int32")
+EXPRESSION_DTYPES = ("float32", "int32", "uint32", "bool")
+TENSOR_DTYPES = ("float32", "float16", "bfloat16", "int32", "int8", "uint8", "bool")
+#: Functions of an element of a head vector, with the class of the position they are given.
+VECTOR_TRANSFORMS = ("query", "key", "value", "output", "store_key", "store_value")
 
 
 class VariantError(ValueError):
@@ -48,30 +63,49 @@ class Scalar:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES[:2]:
+        if self.dtype not in SCALAR_DTYPES:
             raise VariantError(f"dtype of a scalar is {self.dtype!r}, expected float32 or int32")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A dense row-major tensor parameter of ``ndim`` axes, indexed as ``p.name[i, j]``."""
+    """A dense row-major tensor parameter of ``ndim`` axes, indexed as ``p.name[i, j]``.
+
+    In expressions float16 and bfloat16 elements are float32, int8 and uint8 elements int32.
+    """
 
     dtype: str = "float32"
     ndim: int = 1
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise VariantError(f"dtype of a tensor is {self.dtype!r}, expected one of {DTYPES}")
+        if self.dtype not in TENSOR_DTYPES:
+            raise VariantError(
+                f"dtype of a tensor is {self.dtype!r}, expected one of {TENSOR_DTYPES}"
+            )
         if not 1 <= self.ndim <= MAX_DIMS:
             raise VariantError(f"ndim of a tensor is {self.ndim}, expected 1 to {MAX_DIMS}")
+
+    @property
+    def element_dtype(self) -> str:
+        """dtype of an element in an expression."""
+        wide = {"float16": "float32", "bfloat16": "float32", "int8": "int32", "uint8": "int32"}
+        return wide.get(self.dtype, self.dtype)
 
 
 Param = Scalar | Tensor
 
 
+class _Position:
+    def __getattr__(self, name: str) -> Any:
+        have = ", ".join(f.name for f in fields(self))  # type: ignore[arg-type]
+        raise VariantError(f"`at` has no {name!r} here, {self._why}: it has {have}")
+
+    _why = "where it stands for an element"
+
+
 @dataclass(frozen=True)
-class ElementAt:
-    """Where an element stands, as int32 TIR variables.
+class ElementAt(_Position):
+    """Where a (query, key) element stands, as int32 TIR variables.
 
     Attributes
     ----------
@@ -91,6 +125,66 @@ class ElementAt:
     kv_head: Expr
 
 
+@dataclass(frozen=True)
+class QueryAt(_Position):
+    """Where an element of a query or an output stands.
+
+    Attributes
+    ----------
+    batch, q_idx, q_head, kv_head : Expr
+        As in :class:`ElementAt`.
+    row : Expr
+        The query token's row in ``q``.
+    dim : Expr
+        The element of the head.
+    """
+
+    batch: Expr
+    q_idx: Expr
+    q_head: Expr
+    kv_head: Expr
+    row: Expr
+    dim: Expr
+
+    _why = "where one query stands against all its keys"
+
+
+@dataclass(frozen=True)
+class KeyAt(_Position):
+    """Where an element of a key or a value stands.
+
+    It is loaded once for all queries that read it, and so knows neither query nor request.
+
+    Attributes
+    ----------
+    kv_idx, kv_head : Expr
+        As in :class:`ElementAt`.
+    row : Expr
+        The token's place in the pool: page * page_size + offset.
+    dim : Expr
+        The element of the head.
+    """
+
+    kv_idx: Expr
+    kv_head: Expr
+    row: Expr
+    dim: Expr
+
+    _why = "where one key stands for all queries that read it"
+
+
+@dataclass(frozen=True)
+class SinkAt(_Position):
+    """Where a query stands, as in :class:`ElementAt`."""
+
+    batch: Expr
+    q_idx: Expr
+    q_head: Expr
+    kv_head: Expr
+
+    _why = "where one query stands against all its keys"
+
+
 class _Loadable:
     """A tensor parameter inside an expression: indexing it makes a load."""
 
@@ -107,7 +201,21 @@ class _Loadable:
                 f"parameter {self._name} has {self._param.ndim} axes, it was indexed "
                 f"with {len(indices)}"
             )
-        return tirx.call_pure_extern(self._param.dtype, LOAD_PREFIX + self._name, *indices)
+        return tirx.call_pure_extern(self._param.element_dtype, LOAD_PREFIX + self._name, *indices)
+
+
+class _HeadVector:
+    """The vector being transformed: ``x[d]`` is its element ``d``, float32."""
+
+    def __getitem__(self, index: Any) -> Expr:
+        from tvm import tirx
+
+        return tirx.call_pure_extern("float32", ELEMENT, index)
+
+
+ElementFunction = Callable[[ElementAt, Expr, Any], Expr]
+QueryFunction = Callable[[QueryAt, _HeadVector, Any], Expr]
+KeyFunction = Callable[[KeyAt, _HeadVector, Any], Expr]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +232,21 @@ class Variant:
         ``(at, x, p) -> float32``: the new logit of element ``at`` from its scaled logit ``x``.
     mask : callable, optional
         ``(at, p) -> bool``: whether query ``at.q_idx`` sees key ``at.kv_idx``.
+    query, output : callable, optional
+        ``(at, x, p) -> float32`` at a :class:`QueryAt`: element ``at.dim`` of the query before the
+        scale, and of the normalised output. ``x[d]`` is element ``d`` of the vector as it came; an
+        index past an end reads that end.
+    key, value : callable, optional
+        The same at a :class:`KeyAt`, of keys and values read from the pool.
+    store_key, store_value : callable, optional
+        The same of new keys and values before they are rounded to the pool's dtype
+        (:meth:`BatchAttention.append <tvm_flashinfer.attention.BatchAttention.append>`).
+    sink : callable, optional
+        ``(at, p) -> float32`` at a :class:`SinkAt`: logit of one more key, whose value is zero. LSE
+        includes it.
+    softmax : bool
+        Whether weights are the softmax of the logits. Else they are the logits themselves, 0 where
+        the mask hides a key, and nothing is normalised.
 
     Raises
     ------
@@ -133,8 +256,16 @@ class Variant:
 
     name: str
     params: Mapping[str, Param] = field(default_factory=dict)
-    logits: Callable[[ElementAt, Expr, Any], Expr] | None = None
+    logits: ElementFunction | None = None
     mask: Callable[[ElementAt, Any], Expr] | None = None
+    query: QueryFunction | None = None
+    key: KeyFunction | None = None
+    value: KeyFunction | None = None
+    output: QueryFunction | None = None
+    store_key: KeyFunction | None = None
+    store_value: KeyFunction | None = None
+    sink: Callable[[SinkAt, Any], Expr] | None = None
+    softmax: bool = True
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
@@ -151,6 +282,10 @@ class Variant:
                     f"variant {self.name}: parameter {name} is a {type(param).__name__}, "
                     "expected Scalar or Tensor"
                 )
+        if self.sink is not None and not self.softmax:
+            raise VariantError(
+                f"variant {self.name} has a sink and no softmax: there is no sum for it to be in"
+            )
 
     @cached_property
     def traced(self) -> TracedVariant:
@@ -163,11 +298,24 @@ class Variant:
         return self.traced.hides_later_keys()
 
     @cached_property
+    def uses_positions(self) -> bool:
+        """Whether any function looks at ``at.q_idx`` or ``at.kv_idx``."""
+        return self.traced.uses("q_idx", "kv_idx")
+
+    @cached_property
     def cpp(self) -> str:
         """The C++ struct ``Variant`` that kernels are instantiated with."""
         from .codegen import generate
 
         return generate(self)
+
+    def extended(self, name: str, **changes: Any) -> Variant:
+        """A variant of another name with some functions changed; parameters are added.
+
+        How variants combine: ``rope.extended("rope_alibi", params={...}, logits=alibi.logits)``.
+        """
+        params = {**self.params, **changes.pop("params", {})}
+        return replace(self, name=name, params=params, **changes)
 
 
 class TracedVariant:
@@ -177,9 +325,11 @@ class TracedVariant:
         from tvm import tirx
 
         self.variant = variant
-        self.at = ElementAt(
-            *(tirx.Var(name, "int32") for name in ("batch", "q_idx", "kv_idx", "q_head", "kv_head"))
-        )
+        #: Every position that functions are given, by name.
+        self.positions = {
+            name: tirx.Var(name, "int32")
+            for name in ("batch", "q_idx", "kv_idx", "q_head", "kv_head", "row", "dim")
+        }
         self.x = tirx.Var("x", "float32")
         self.scalars = {
             name: tirx.Var(name, param.dtype)
@@ -192,18 +342,33 @@ class TracedVariant:
             if isinstance(param, Tensor)
         }
         self.params = SimpleNamespace(**self.scalars, **loads)
-        self.logits = self._call(
-            "logits", variant.logits, "float32", (self.at, self.x, self.params)
-        )
-        self.mask = self._call("mask", variant.mask, "bool", (self.at, self.params))
+        self.at = self._at(ElementAt)
+        query, key, vector = self._at(QueryAt), self._at(KeyAt), _HeadVector()
+        arguments: dict[str, tuple[Any, ...]] = {
+            "logits": (self.at, self.x),
+            "mask": (self.at,),
+            "sink": (self._at(SinkAt),),
+            "query": (query, vector),
+            "key": (key, vector),
+            "value": (key, vector),
+            "output": (query, vector),
+            "store_key": (key, vector),
+            "store_value": (key, vector),
+        }
+        #: Expression by function, of those that the variant has.
+        self.expressions = {
+            what: self._call(what, getattr(variant, what), (*args, self.params))
+            for what, args in arguments.items()
+            if getattr(variant, what) is not None
+        }
 
-    def _call(
-        self, what: str, function: Callable[..., Expr] | None, dtype: str, args: tuple[Any, ...]
-    ) -> Expr | None:
-        if function is None:
-            return None
+    def _at(self, kind: Any) -> Any:
+        return kind(*(self.positions[f.name] for f in fields(kind)))
+
+    def _call(self, what: str, function: Callable[..., Expr], args: tuple[Any, ...]) -> Expr:
         from tvm import tirx
 
+        dtype = "bool" if what == "mask" else "float32"
         expr = function(*args)
         if isinstance(expr, bool | int | float):
             expr = tirx.const(expr, dtype)
@@ -214,6 +379,16 @@ class TracedVariant:
             )
         return expr
 
+    def uses(self, *names: str) -> bool:
+        """Whether an expression has one of these positions in it."""
+        wanted = [self.positions[name] for name in names]
+        return any(
+            part.same_as(var)
+            for expr in self.expressions.values()
+            for part in subexpressions(expr)
+            for var in wanted
+        )
+
     def hides_later_keys(self) -> bool:
         """Prove that the mask is false at every key after the query."""
         if self.variant.mask is None:
@@ -222,145 +397,28 @@ class TracedVariant:
 
         gap = tirx.Var("gap", "int32")
         later = replace(self.at, kv_idx=self.at.q_idx + gap)
-        mask = self._call("mask", self.variant.mask, "bool", (later, self.params))
+        mask = self._call("mask", self.variant.mask, (later, self.params))
         analyzer = sym.Analyzer()
         analyzer.bind(gap, ir.Range.from_min_extent(1, 1 << 30))
         analyzer.bind(self.at.q_idx, ir.Range.from_min_extent(0, 1 << 30))
         return bool(analyzer.can_prove(tirx.Not(mask)))
 
 
+def subexpressions(expr: Expr) -> Iterator[Expr]:
+    """The expression and all that it is made of."""
+    yield expr
+    parts = [getattr(expr, name, None) for name in _OPERANDS]
+    if type(expr).__name__ == "Call":
+        parts = list(expr.args)
+    for part in parts:
+        if dtype_of(part) in EXPRESSION_DTYPES:
+            yield from subexpressions(part)
+
+
+_OPERANDS = ("a", "b", "value", "condition", "true_value", "false_value")
+
+
 def dtype_of(expr: Expr) -> str:
     """Dtype of a TIR expression, or the name of what was given instead of one."""
     dtype = getattr(getattr(expr, "ty", None), "dtype", None)
     return type(expr).__name__ if dtype is None else str(dtype)
-
-
-# The shipped variants. Each is a few lines of the interface above: nothing here is special.
-
-full = Variant("full")
-
-causal = Variant("causal", mask=lambda at, p: at.kv_idx <= at.q_idx)
-
-
-def _sliding_window(at: ElementAt, p: Any) -> Expr:
-    return _all(at.kv_idx <= at.q_idx, at.kv_idx >= at.q_idx - p.window_left)
-
-
-def _streaming(at: ElementAt, p: Any) -> Expr:
-    recent = at.kv_idx >= at.q_idx - p.window_left
-    return _all(at.kv_idx <= at.q_idx, _any(recent, at.kv_idx < p.sink))
-
-
-def _all(*terms: Expr) -> Expr:
-    from tvm import tirx
-
-    return tirx.all(*terms)
-
-
-def _any(*terms: Expr) -> Expr:
-    from tvm import tirx
-
-    return tirx.any(*terms)
-
-
-def _soft_cap(at: ElementAt, x: Expr, p: Any) -> Expr:
-    from tvm import tirx
-
-    return tirx.tanh(x / p.cap) * p.cap
-
-
-#: A query sees itself and ``window_left`` keys before.
-sliding_window = Variant(
-    "sliding_window", params={"window_left": Scalar("int32")}, mask=_sliding_window
-)
-
-#: Keys within ``window`` positions on either side (encoders).
-local_window = Variant(
-    "local_window",
-    params={"window": Scalar("int32")},
-    mask=lambda at, p: _all(at.kv_idx >= at.q_idx - p.window, at.kv_idx <= at.q_idx + p.window),
-)
-
-#: StreamingLLM: a sliding window, and the first ``sink`` keys always.
-streaming = Variant(
-    "streaming",
-    params={"window_left": Scalar("int32"), "sink": Scalar("int32")},
-    mask=_streaming,
-)
-
-#: Gemma 2: causal, logits become ``cap * tanh(x / cap)``.
-soft_cap = Variant("soft_cap", params={"cap": Scalar()}, logits=_soft_cap, mask=causal.mask)
-
-#: Soft-cap and sliding window together (Gemma 2's local layers).
-soft_cap_window = Variant(
-    "soft_cap_window",
-    params={"window_left": Scalar("int32"), "cap": Scalar()},
-    logits=_soft_cap,
-    mask=_sliding_window,
-)
-
-#: ALiBi (Press et al., 2022), with a slope per query head.
-alibi = Variant(
-    "alibi",
-    params={"slope": Tensor(ndim=1)},
-    logits=lambda at, x, p: x + p.slope[at.q_head] * (at.kv_idx - at.q_idx).astype("float32"),
-    mask=causal.mask,
-)
-
-#: Additive bias ``[batch, query head, query, key]``.
-bias = Variant(
-    "bias",
-    params={"bias": Tensor(ndim=4)},
-    logits=lambda at, x, p: x + p.bias[at.batch, at.q_head, at.q_idx, at.kv_idx],
-)
-
-#: Boolean mask ``[batch, query, key]``; true is visible.
-custom_mask = Variant(
-    "custom_mask",
-    params={"visible": Tensor("bool", ndim=3)},
-    mask=lambda at, p: p.visible[at.batch, at.q_idx, at.kv_idx],
-)
-
-#: Prefix-LM: the first ``prefix[batch]`` keys are visible to every query, the rest causally.
-prefix_lm = Variant(
-    "prefix_lm",
-    params={"prefix": Tensor("int32", ndim=1)},
-    mask=lambda at, p: _any(at.kv_idx <= at.q_idx, at.kv_idx < p.prefix[at.batch]),
-)
-
-#: Packed documents: causal within a document, ``document[batch, position]`` its number.
-packed_documents = Variant(
-    "packed_documents",
-    params={"document": Tensor("int32", ndim=2)},
-    mask=lambda at, p: _all(
-        at.kv_idx <= at.q_idx,
-        p.document[at.batch, at.q_idx].equal(p.document[at.batch, at.kv_idx]),
-    ),
-)
-
-#: A scale per query head (differential attention's two softmaxes use one each).
-head_scale = Variant(
-    "head_scale",
-    params={"scale": Tensor(ndim=1)},
-    logits=lambda at, x, p: x * p.scale[at.q_head],
-    mask=causal.mask,
-)
-
-SHIPPED: Mapping[str, Variant] = {
-    v.name: v
-    for v in (
-        full,
-        causal,
-        sliding_window,
-        local_window,
-        streaming,
-        soft_cap,
-        soft_cap_window,
-        alibi,
-        bias,
-        custom_mask,
-        prefix_lm,
-        packed_documents,
-        head_scale,
-    )
-}

@@ -142,7 +142,7 @@ BatchAttentionObj::BatchAttentionObj(const BatchAttentionConfig& config, KernelH
   for (auto& plan : plans_) plan.resize(layout.total);
   const int64_t states = layout.max_partials * config.num_qo_heads;
   o_partial_.reset(new float[states * config.head_dim_vo]);
-  lse_partial_.reset(new float[states]);
+  softmax_partial_.reset(new float[2 * states]);
   slots_.resize(config.bounds.max_q_tokens);
 }
 
@@ -202,7 +202,10 @@ BatchAttentionObj::Planned BatchAttentionObj::ReadRequest(const PlanRequest& req
   in->kv_align = kernel_->kv_align;
   in->fixed_chunk = static_cast<int32_t>(request.fixed_chunk);
   in->shared_queue = !request.per_worker_queues;
-  planned.elements = ElementsOf(*in, config_.num_qo_heads, config_.num_kv_heads);
+  planned.visited.elements = ElementsOf(*in, config_.num_qo_heads, config_.num_kv_heads);
+  planned.visited.q_rows = {0, std::max<int64_t>(planned.num_tokens, 1) - 1};
+  planned.visited.kv_slots = {0, (int64_t{planned.max_page} + 1) * planned.page_size - 1};
+  planned.visited.kv_slots.hi = std::max<int64_t>(planned.visited.kv_slots.hi, 0);
   return planned;
 }
 
@@ -218,10 +221,11 @@ void BatchAttentionObj::Plan(const PlanRequest& request) {
   }
   current_ = next;
   planned_ = planned;
+  ++plan_count_;
 }
 
 BatchAttentionObj::Pools BatchAttentionObj::CheckPools(const PoolTensors& pool) const {
-  const DLDataType type = ToDLDataType(kernel_->kv_type);
+  const ElementType type = kernel_->kv_type;
   const int32_t heads = config_.num_kv_heads;
   if (!pool.v.has_value()) {
     TVM_FLASHINFER_CHECK(config_.head_dim_qk == config_.head_dim_vo, ValueError)
@@ -267,8 +271,10 @@ void BatchAttentionObj::Run(const TensorView& q, const PoolTensors& pool, double
   const TokenView o_view =
       CheckTokens({"out"}, o, type, tokens, config_.num_qo_heads, config_.head_dim_vo, true);
   AttentionParams params{};
-  params.variant_params = variant_args_.Get(*kernel_, planned_.elements);
+  params.variant_params = variant_args_.Get(*kernel_, planned_.visited, plan_count_);
   if (lse.has_value()) {
+    TVM_FLASHINFER_CHECK(kernel_->softmax != 0, ValueError)
+        << "argument `lse`: the variant has no softmax, and so no log-sum-exp";
     params.lse = CheckLse({"lse"}, lse.value(), tokens, config_.num_qo_heads);
   }
   params.q = q_view.data;
@@ -276,7 +282,7 @@ void BatchAttentionObj::Run(const TensorView& q, const PoolTensors& pool, double
   params.v = pools.v.data;
   params.o = o_view.data;
   params.o_partial = o_partial_.get();
-  params.lse_partial = lse_partial_.get();
+  params.softmax_partial = softmax_partial_.get();
   params.q_token_stride = q_view.token_stride;
   params.q_head_stride = q_view.head_stride;
   params.o_token_stride = o_view.token_stride;
@@ -292,7 +298,8 @@ void BatchAttentionObj::Run(const TensorView& q, const PoolTensors& pool, double
 }
 
 void BatchAttentionObj::Append(const TensorView& k_new, const TensorView& v_new,
-                               const TensorView& slots, const PoolTensors& pool) {
+                               const TensorView& slots, const PoolTensors& pool,
+                               const Optional<TensorView>& positions) {
   const IndexVector slot = CheckIndexVector({"slots"}, slots);
   const int64_t tokens = slot.size;
   TVM_FLASHINFER_CHECK(tokens <= static_cast<int64_t>(slots_.size()), ValueError)
@@ -312,8 +319,13 @@ void BatchAttentionObj::Append(const TensorView& k_new, const TensorView& v_new,
         << " places; -1 drops a token";
     slots_[i] = slot[i];
   }
-  const auto append = [&](const TokenView& source, const PoolView& to, int32_t dim) {
-    AppendParams params;
+  const VariantArgs* args = nullptr;
+  const int32_t* position = nullptr;
+  if (kernel_->stores) {
+    args = CheckStore(tokens, positions, places, &position);
+  }
+  const auto append = [&](const TokenView& source, const PoolView& to, bool values) {
+    AppendParams params{};
     params.source = source.data;
     params.source_token_stride = source.token_stride;
     params.source_head_stride = source.head_stride;
@@ -322,11 +334,33 @@ void BatchAttentionObj::Append(const TensorView& k_new, const TensorView& v_new,
     params.slots = slots_.data();
     params.page_size = static_cast<int32_t>(to.page_size);
     params.num_heads = heads;
-    params.dim = dim;
+    params.positions = position;
+    params.variant_params = args;
+    params.values = values;
     executor_.Append(params, static_cast<int32_t>(tokens));
   };
-  append(k_view, pools.k, config_.head_dim_qk);
-  append(v_view, pools.v, config_.head_dim_vo);
+  append(k_view, pools.k, false);
+  append(v_view, pools.v, true);
+}
+
+const VariantArgs* BatchAttentionObj::CheckStore(int64_t tokens,
+                                                 const Optional<TensorView>& positions,
+                                                 int64_t places, const int32_t** position) {
+  Interval at{0, 0};
+  if (positions.has_value()) {
+    const IndexVector given = CheckIndexVector({"positions"}, positions.value(), tokens);
+    CheckLengths({"positions"}, given);
+    for (int64_t i = 0; i < tokens; ++i) at.hi = std::max<int64_t>(at.hi, given[i]);
+    *position = given.data;
+  }
+  VisitedRange range{};
+  range.elements.kv_idx = at;
+  range.elements.q_head = range.elements.q_idx = range.elements.request = {0, 0};
+  range.elements.kv_head = {0, config_.num_kv_heads - 1};
+  range.q_rows = {0, 0};
+  range.kv_slots = {0, std::max<int64_t>(places, 1) - 1};
+  range.stores = true;
+  return variant_args_.Get(*kernel_, range, -1);
 }
 
 Tensor BatchAttentionObj::Section(const std::string& name) const {

@@ -83,9 +83,10 @@ class BatchAttentionObj : public tvm::ffi::Object {
   /*!
    * \brief Store new keys [tokens, KV heads, head_dim_qk] and values into the pool.
    * \param slots int32 [tokens], page * page_size + place in the page; -1 drops the token.
+   * \param positions int32 [tokens], in their requests; null: 0, for variants that don't ask.
    */
   void Append(const TensorView& k_new, const TensorView& v_new, const TensorView& slots,
-              const PoolTensors& pool);
+              const PoolTensors& pool, const tvm::ffi::Optional<TensorView>& positions);
 
   /*! \brief A copy of a section of the current plan, for inspection. */
   tvm::ffi::Tensor Section(const std::string& name) const;
@@ -100,7 +101,7 @@ class BatchAttentionObj : public tvm::ffi::Object {
     int64_t num_tokens = -1;  //!< -1: nothing is planned
     int64_t page_size = 0;
     int32_t max_page = -1;
-    ElementIndex<Interval> elements{};  //!< where the elements of the batch lie
+    VisitedRange visited{};  //!< where the elements of the batch lie
   };
   struct Pools {
     PoolView k, v;
@@ -108,6 +109,8 @@ class BatchAttentionObj : public tvm::ffi::Object {
 
   Planned ReadRequest(const PlanRequest& request, ScheduleInput* in);
   Pools CheckPools(const PoolTensors& pool) const;
+  const VariantArgs* CheckStore(int64_t tokens, const tvm::ffi::Optional<TensorView>& positions,
+                                int64_t places, const int32_t** position);
 
   BatchAttentionConfig config_;
   KernelHandle kernel_;
@@ -117,8 +120,9 @@ class BatchAttentionObj : public tvm::ffi::Object {
   std::vector<int32_t> plans_[2];  //!< double-buffered: a failed plan leaves the current one alone
   int32_t current_ = 0;
   Planned planned_;
+  int64_t plan_count_ = 0;
   BoundVariantArgs variant_args_;
-  std::unique_ptr<float[]> o_partial_, lse_partial_;  //!< not cleared: most is never touched
+  std::unique_ptr<float[]> o_partial_, softmax_partial_;  //!< not cleared: most is never touched
   std::vector<int64_t> slots_;
 };
 

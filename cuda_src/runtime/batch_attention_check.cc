@@ -157,9 +157,12 @@ float* CheckLse(ArgName arg, const TensorView& t, int64_t tokens, int64_t heads)
   return reinterpret_cast<float*>(DataAt(t));
 }
 
-PoolView CheckPool(ArgName arg, const TensorView& t, DLDataType dtype, PoolOrder order,
-                   PoolPart part, int64_t heads, int64_t dim) {
-  CheckType(arg, t, dtype);
+PoolView CheckPool(ArgName arg, const TensorView& t, ElementType type, PoolOrder order,
+                   PoolPart part, int64_t heads, int64_t head_dim) {
+  const DLDataType bytes{kDLUInt, 8, 1}, dtype = ToDLDataType(type);
+  const int64_t dim = StorageExtent(type, head_dim);
+  // Frameworks without a narrow type of their own hold it as bytes.
+  CheckType(arg, t, dtype.bits == 8 && t.dtype() == bytes ? bytes : dtype);
   const int both = part == PoolPart::kAlone ? 0 : 1;
   const bool token_pages = both == 0 && t.ndim() == 3;
   const bool nhd = order == PoolOrder::kNHD;

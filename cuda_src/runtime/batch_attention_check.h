@@ -6,6 +6,7 @@
 #define TVM_FLASHINFER_RUNTIME_BATCH_ATTENTION_CHECK_H_
 
 #include <tvm/ffi/container/tensor.h>
+#include <tvm_flashinfer/cpu/kernel.h>
 #include <tvm_flashinfer/params.h>
 
 #include <cstdint>
@@ -71,9 +72,10 @@ struct PoolView {
  *
  * NHD: [pages, page_size, heads, dim], HND: [pages, heads, page_size, dim]; with an axis of 2 after
  * the first where keys and values share the tensor; without the page axis, a token is a page.
+ * Elements of 8 bits may come as uint8; those of 4 bits do, two in each, the even one low.
  */
-PoolView CheckPool(ArgName arg, const TensorView& t, DLDataType dtype, PoolOrder order,
-                   PoolPart part, int64_t heads, int64_t dim);
+PoolView CheckPool(ArgName arg, const TensorView& t, ElementType type, PoolOrder order,
+                   PoolPart part, int64_t heads, int64_t head_dim);
 
 }  // namespace tvm_flashinfer
 

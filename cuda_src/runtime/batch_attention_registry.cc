@@ -92,8 +92,8 @@ void RunWithLse(BatchAttention self, TensorView q, TensorView k, Optional<Tensor
 }
 
 void Append(BatchAttention self, TensorView k_new, TensorView v_new, TensorView slots, TensorView k,
-            Optional<TensorView> v) {
-  Get(self)->Append(k_new, v_new, slots, {k, v});
+            Optional<TensorView> v, Optional<TensorView> positions) {
+  Get(self)->Append(k_new, v_new, slots, {k, v}, positions);
 }
 
 Tensor Section(BatchAttention self, std::string name) { return Get(self)->Section(name); }

@@ -88,8 +88,8 @@ void CpuStepRunner::Append(const PoolView& pool, TokenHeads* q, TokenHeads k, To
     rotate(q, rotated_q_, config_.num_qo_heads);
     rotate(&k, rotated_k_, config_.num_kv_heads);
   }
-  const auto append = [&](TokenHeads source, char* to, const KVStrides& strides, int32_t dim) {
-    AppendParams params;
+  const auto append = [&](TokenHeads source, char* to, const KVStrides& strides, bool values) {
+    AppendParams params{};
     params.source = source.data;
     params.source_token_stride = source.token_stride;
     params.source_head_stride = source.head_stride;
@@ -98,11 +98,11 @@ void CpuStepRunner::Append(const PoolView& pool, TokenHeads* q, TokenHeads k, To
     params.slots = layout_->slots().data();
     params.page_size = config_.page_size;
     params.num_heads = config_.num_kv_heads;
-    params.dim = dim;
+    params.values = values;
     executor_.Append(params, layout_->num_tokens());
   };
-  append(k, pool.k, pool.k_strides, config_.head_dim_qk);
-  if (!config_.mla) append(v, pool.v, pool.v_strides, config_.head_dim_vo);
+  append(k, pool.k, pool.k_strides, false);
+  if (!config_.mla) append(v, pool.v, pool.v_strides, true);
 }
 
 void CpuStepRunner::Attend(AttentionParams* params) {

@@ -90,6 +90,8 @@ void Rope::Rotate(ElementType type, TokenHeads from, TokenHeads to, int32_t head
       return rotate(Float16{});
     case ElementType::kBFloat16:
       return rotate(BFloat16{});
+    default:  // of pools only: queries and new keys are none of those
+      return;
   }
 }
 

@@ -19,7 +19,7 @@ class StepPlan {
     const PlanLayout& layout = scheduler_.layout();
     for (auto& buffer : buffers_) buffer.resize(layout.total);
     o_partial_.resize(layout.max_partials * num_qo_heads * head_dim_vo);
-    lse_partial_.resize(layout.max_partials * num_qo_heads);
+    softmax_partial_.resize(2 * layout.max_partials * num_qo_heads);
   }
 
   const PlanBounds& bounds() const { return bounds_; }
@@ -35,7 +35,7 @@ class StepPlan {
   void Describe(AttentionParams* params) {
     params->plan = PlanView::Make(buffers_[current_].data(), scheduler_.layout(), bounds_);
     params->o_partial = o_partial_.data();
-    params->lse_partial = lse_partial_.data();
+    params->softmax_partial = softmax_partial_.data();
   }
 
  private:
@@ -43,7 +43,7 @@ class StepPlan {
   Scheduler scheduler_;
   std::vector<int32_t> buffers_[2];
   int32_t current_ = 0;
-  std::vector<float> o_partial_, lse_partial_;
+  std::vector<float> o_partial_, softmax_partial_;
 };
 
 }  // namespace tvm_flashinfer

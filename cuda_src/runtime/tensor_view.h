@@ -23,9 +23,22 @@ inline DLDataType ToDLDataType(ElementType type) {
       return {kDLFloat, 16, 1};
     case ElementType::kBFloat16:
       return {kDLBfloat, 16, 1};
+    case ElementType::kFloat8E4M3:
+      return {kDLFloat8_e4m3fn, 8, 1};
+    case ElementType::kFloat8E5M2:
+      return {kDLFloat8_e5m2, 8, 1};
+    case ElementType::kInt8:
+      return {kDLInt, 8, 1};
+    case ElementType::kInt4:  // two elements a byte
+      return {kDLUInt, 8, 1};
     default:
       return {kDLFloat, 32, 1};
   }
+}
+
+/*! \brief Storage elements, as tensors count them, of `dim` elements. */
+inline int64_t StorageExtent(ElementType type, int64_t dim) {
+  return type == ElementType::kInt4 ? dim / 2 : dim;
 }
 
 inline std::string ShapeString(const DLTensor& t) {

@@ -24,6 +24,14 @@ DLDataType DTypeOf(VariantType type) {
       return {kDLFloat, 32, 1};
     case VariantType::kInt32:
       return {kDLInt, 32, 1};
+    case VariantType::kFloat16:
+      return {kDLFloat, 16, 1};
+    case VariantType::kBFloat16:
+      return {kDLBfloat, 16, 1};
+    case VariantType::kInt8:
+      return {kDLInt, 8, 1};
+    case VariantType::kUInt8:
+      return {kDLUInt, 8, 1};
     default:
       return {kDLBool, 8, 1};
   }
@@ -92,20 +100,30 @@ void BoundVariantArgs::Bind(const KernelTraits& kernel, const Array<Any>& values
   }
   args_ = args;
   values_ = values;
+  checked_plan_ = -1;
 }
 
-const VariantArgs* BoundVariantArgs::Get(const KernelTraits& kernel,
-                                         const ElementIndex<Interval>& at) const {
+const VariantArgs* BoundVariantArgs::Get(const KernelTraits& kernel) const {
   TVM_FLASHINFER_CHECK(static_cast<int64_t>(values_.size()) == kernel.num_params, ValueError)
       << "the variant's parameters are not set: it declares " << kernel.num_params
       << ", the first is `" << kernel.params[0].name << "`";
-  const int32_t outside = kernel.out_of_bounds_param(&args_, &at);
+  return &args_;
+}
+
+const VariantArgs* BoundVariantArgs::Get(const KernelTraits& kernel, const VisitedRange& range,
+                                         int64_t plan) {
+  Get(kernel);
+  if (plan >= 0 && plan == checked_plan_) return &args_;
+  const ElementIndex<Interval>& at = range.elements;
+  const int32_t outside = kernel.out_of_bounds_param(&args_, &range);
   TVM_FLASHINFER_CHECK(outside < 0, ValueError)
       << "parameter `" << kernel.params[outside].name << "` has shape "
       << ShapeString(*values_[outside].cast<Tensor>().GetDLTensorPtr())
       << ", too small for what this plan indexes: " << at.request.hi + 1
       << " requests, positions up to " << std::max(at.q_idx.hi, at.kv_idx.hi) << ", "
-      << at.q_head.hi + 1 << " query heads";
+      << at.q_head.hi + 1 << " query heads, " << range.q_rows.hi + 1
+      << " query tokens, places in the pool up to " << range.kv_slots.hi;
+  if (plan >= 0) checked_plan_ = plan;
   return &args_;
 }
 

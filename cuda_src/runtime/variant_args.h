@@ -21,15 +21,20 @@ class BoundVariantArgs {
    */
   void Bind(const KernelTraits& kernel, const tvm::ffi::Array<tvm::ffi::Any>& values);
 
+  /*! \throws ValueError unless every parameter is bound. */
+  const VariantArgs* Get(const KernelTraits& kernel) const;
+
   /*!
-   * \param at Where the elements of the run lie.
+   * \param at What the run visits.
+   * \param plan Names `at`: what was checked for one plan isn't checked again; -1 names none.
    * \throws ValueError unless every parameter is bound, and every tensor covers `at`.
    */
-  const VariantArgs* Get(const KernelTraits& kernel, const ElementIndex<Interval>& at) const;
+  const VariantArgs* Get(const KernelTraits& kernel, const VisitedRange& at, int64_t plan);
 
  private:
   VariantArgs args_{};
   tvm::ffi::Array<tvm::ffi::Any> values_;
+  int64_t checked_plan_ = -1;
 };
 
 }  // namespace tvm_flashinfer

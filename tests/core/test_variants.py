@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tvm_flashinfer import variant as v
+from tvm_flashinfer import variants
 from tvm_flashinfer.attention import BatchAttention
 from tvm_flashinfer.layout import BlockSparseLayout
 
@@ -169,7 +170,7 @@ def _check(variant: v.Variant, reference: Reference, params: dict[str, Any]) -> 
 @pytest.mark.parametrize("name", ["soft_cap_window", "alibi", "custom_mask"])
 def test_shipped_variant(name: str) -> None:
     reference, params = REFERENCES[name]
-    _check(v.SHIPPED[name], reference, params(np.random.default_rng(11)))
+    _check(variants.SHIPPED[name], reference, params(np.random.default_rng(11)))
 
 
 @pytest.mark.heavy
@@ -178,7 +179,7 @@ def test_shipped_variant(name: str) -> None:
 )
 def test_every_shipped_variant(name: str) -> None:
     reference, params = REFERENCES[name]
-    _check(v.SHIPPED[name], reference, params(np.random.default_rng(12)))
+    _check(variants.SHIPPED[name], reference, params(np.random.default_rng(12)))
 
 
 def test_a_users_variant() -> None:
@@ -193,7 +194,7 @@ def test_a_users_variant() -> None:
 
 
 def test_causality_is_proven_from_the_mask() -> None:
-    proven = {name for name, variant in v.SHIPPED.items() if variant.causal}
+    proven = {name for name, variant in variants.SHIPPED.items() if variant.causal}
     assert proven == {
         "causal",
         "sliding_window",
@@ -203,6 +204,10 @@ def test_causality_is_proven_from_the_mask() -> None:
         "alibi",
         "packed_documents",
         "head_scale",
+        "learned_sink",
+        "learned_sink_window",
+        "sigmoid",
+        "gated",
     }
     assert not USER_VARIANT.causal
 
@@ -240,7 +245,7 @@ def test_bad_parameters_are_named() -> None:
         HEADS,
         KV_HEADS,
         DIM,
-        variant=v.alibi,
+        variant=variants.alibi,
         max_requests=len(Q_LEN),
         max_q_tokens=len(q),
         max_kv_pages=len(k),

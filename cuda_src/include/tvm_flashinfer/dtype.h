@@ -1,11 +1,14 @@
 // Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
 //
-// 16-bit storage types of the CPU backend and their conversions to float32.
+// Storage types narrower than float32, and their conversions.
 #ifndef TVM_FLASHINFER_DTYPE_H_
 #define TVM_FLASHINFER_DTYPE_H_
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#include "host_device.h"
 
 namespace tvm_flashinfer {
 
@@ -15,17 +18,36 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+/*! \brief 4 exponent and 3 mantissa bits, no infinity (OCP OFP8, "e4m3fn"). */
+struct Float8E4M3 {
+  uint8_t bits;
+};
+/*! \brief 5 exponent and 2 mantissa bits: the upper half of a Float16. */
+struct Float8E5M2 {
+  uint8_t bits;
+};
+struct Int8 {
+  int8_t value;
+};
+/*! \brief Two's complement integers in [-8, 7], two a byte; the even element is the low half. */
+struct Int4 {
+  uint8_t bits;
+};
 
-inline float ToFloat(float x) { return x; }
+/*! \brief Elements that one object of a storage type holds. */
+template <typename T>
+constexpr int32_t kElementsPerUnit = std::is_same_v<T, Int4> ? 2 : 1;
 
-inline float ToFloat(BFloat16 x) {
+TVM_FLASHINFER_HOST_DEVICE inline float ToFloat(float x) { return x; }
+
+TVM_FLASHINFER_HOST_DEVICE inline float ToFloat(BFloat16 x) {
   const uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
   float f;
   std::memcpy(&f, &wide, sizeof(f));
   return f;
 }
 
-inline float ToFloat(Float16 x) {
+TVM_FLASHINFER_HOST_DEVICE inline float ToFloat(Float16 x) {
   // Shift the exponent and mantissa into place; rescaling rebases the exponent, subnormals too.
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   uint32_t bits = magnitude;
@@ -39,6 +61,20 @@ inline float ToFloat(Float16 x) {
   }
   return (x.bits & 0x8000) ? -f : f;
 }
+
+TVM_FLASHINFER_HOST_DEVICE inline float ToFloat(Float8E5M2 x) {
+  return ToFloat(Float16{static_cast<uint16_t>(x.bits << 8)});
+}
+
+TVM_FLASHINFER_HOST_DEVICE inline float ToFloat(Float8E4M3 x) {
+  // As half the bits line up; the exponent's bias differs by 8.
+  const uint16_t half = static_cast<uint16_t>((x.bits & 0x7f) << 7);
+  const float magnitude =
+      (x.bits & 0x7f) == 0x7f ? ToFloat(Float16{0x7e00}) : ToFloat(Float16{half}) * 256.0f;
+  return (x.bits & 0x80) ? -magnitude : magnitude;
+}
+
+TVM_FLASHINFER_HOST_DEVICE inline float ToFloat(Int8 x) { return static_cast<float>(x.value); }
 
 template <typename T>
 T FromFloat(float x);
@@ -77,6 +113,88 @@ inline Float16 FromFloat<Float16>(float x) {
     half = static_cast<uint16_t>((bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1)) >> 13);
   }
   return {static_cast<uint16_t>(sign | half)};
+}
+
+namespace detail {
+
+/*!
+ * Round to nearest even an 8-bit float of kMantissa mantissa bits and the given exponent bias,
+ * as bits without the sign; what exceeds the format gives a number above its largest.
+ */
+template <int kMantissa, int kBias>
+inline uint32_t RoundToFloat8(uint32_t magnitude) {
+  constexpr uint32_t kSmallestNormal = (127u - kBias + 1) << 23;
+  if (magnitude < kSmallestNormal) {  // the float adder rounds to the subnormal step
+    float f;
+    std::memcpy(&f, &magnitude, sizeof(f));
+    constexpr uint32_t kAnchor = (127u - kBias + 1 + 23 - kMantissa) << 23;
+    float anchor;
+    std::memcpy(&anchor, &kAnchor, sizeof(anchor));
+    f += anchor;
+    std::memcpy(&magnitude, &f, sizeof(f));
+    return magnitude - kAnchor;
+  }
+  constexpr int kDrop = 23 - kMantissa;
+  const uint32_t rounded =
+      magnitude + ((1u << (kDrop - 1)) - 1) + ((magnitude >> kDrop) & 1) - ((127u - kBias) << 23);
+  return rounded >> kDrop;
+}
+
+inline uint32_t FloatBits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+}  // namespace detail
+
+/*! \brief Round to nearest even; what overflows becomes the largest value, NaN stays NaN. */
+template <>
+inline Float8E4M3 FromFloat<Float8E4M3>(float x) {
+  const uint32_t bits = detail::FloatBits(x), magnitude = bits & 0x7fffffffu;
+  uint32_t narrow = 0x7f;
+  if (magnitude <= 0x7f800000u) {
+    narrow = magnitude >= 0x43e80000u ? 0x7e : detail::RoundToFloat8<3, 7>(magnitude);
+  }
+  return {static_cast<uint8_t>((bits >> 24 & 0x80) | narrow)};
+}
+
+/*! \brief Round to nearest even; what overflows becomes the largest finite value, NaN stays. */
+template <>
+inline Float8E5M2 FromFloat<Float8E5M2>(float x) {
+  const uint32_t bits = detail::FloatBits(x), magnitude = bits & 0x7fffffffu;
+  uint32_t narrow = 0x7e;
+  if (magnitude <= 0x7f800000u) {
+    narrow = magnitude >= 0x47700000u ? 0x7b : detail::RoundToFloat8<2, 15>(magnitude);
+  }
+  return {static_cast<uint8_t>((bits >> 24 & 0x80) | narrow)};
+}
+
+/*! \brief Round to nearest even into [low, high]; NaN becomes 0. */
+inline float RoundToRange(float x, float low, float high) {
+  x = x > low ? x : (x <= low ? low : 0.0f);
+  x = x < high ? x : high;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  return (x + kRound) - kRound;
+}
+
+template <>
+inline Int8 FromFloat<Int8>(float x) {
+  return {static_cast<int8_t>(RoundToRange(x, -128.0f, 127.0f))};
+}
+
+/*! \brief Store `count` (even for Int4) floats as T. */
+template <typename T>
+inline void StoreRow(const float* from, int32_t count, T* to) {
+  if constexpr (std::is_same_v<T, Int4>) {
+    for (int32_t i = 0; i < count; i += 2) {
+      const auto low = static_cast<int32_t>(RoundToRange(from[i], -8.0f, 7.0f));
+      const auto high = static_cast<int32_t>(RoundToRange(from[i + 1], -8.0f, 7.0f));
+      to[i / 2].bits = static_cast<uint8_t>((low & 15) | (high & 15) << 4);
+    }
+  } else {
+    for (int32_t i = 0; i < count; ++i) to[i] = FromFloat<T>(from[i]);
+  }
 }
 
 }  // namespace tvm_flashinfer

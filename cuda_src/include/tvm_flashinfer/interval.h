@@ -51,6 +51,13 @@ struct AnyFloat {
   friend TVM_FLASHINFER_HOST_DEVICE AnyFloat operator/(AnyFloat, AnyFloat) { return {}; }
 };
 
+/*! \brief Unsigned integers wrap, so they are not tracked either. */
+struct AnyUInt {
+  friend TVM_FLASHINFER_HOST_DEVICE AnyUInt operator+(AnyUInt, AnyUInt) { return {}; }
+  friend TVM_FLASHINFER_HOST_DEVICE AnyUInt operator-(AnyUInt, AnyUInt) { return {}; }
+  friend TVM_FLASHINFER_HOST_DEVICE AnyUInt operator*(AnyUInt, AnyUInt) { return {}; }
+};
+
 /*! \brief The values a predicate may take over a tile. */
 struct Possible {
   bool is_true, is_false;
@@ -95,13 +102,24 @@ TVM_FLASHINFER_UNKNOWN_COMPARISON(!=)
 struct IntervalLanes {
   using Float = AnyFloat;
   using Int = Interval;
+  using UInt = AnyUInt;
   using Mask = Possible;
+  using Uniform = IntervalLanes;
+  struct Vector {};
 
+  template <typename T>
+  static TVM_FLASHINFER_HOST_DEVICE T Splat(T x) {
+    return x;
+  }
+  static TVM_FLASHINFER_HOST_DEVICE Float Element(Vector) { return {}; }
+  static TVM_FLASHINFER_HOST_DEVICE Float Element(Vector, Int) { return {}; }
   static TVM_FLASHINFER_HOST_DEVICE Float F(float) { return {}; }
   static TVM_FLASHINFER_HOST_DEVICE Int I(int32_t x) { return {x, x}; }
   static TVM_FLASHINFER_HOST_DEVICE Mask B(bool x) { return {x, !x}; }
   static TVM_FLASHINFER_HOST_DEVICE Float ToFloat(Int) { return {}; }
   static TVM_FLASHINFER_HOST_DEVICE Int ToInt(Float) { return Interval::Any(); }
+  static TVM_FLASHINFER_HOST_DEVICE Int ToInt(UInt) { return Interval::Any(); }
+  static TVM_FLASHINFER_HOST_DEVICE UInt ToUInt(Int) { return {}; }
   static TVM_FLASHINFER_HOST_DEVICE Mask Not(Mask m) { return {m.is_false, m.is_true}; }
   static TVM_FLASHINFER_HOST_DEVICE Float Select(Mask, Float, Float) { return {}; }
   static TVM_FLASHINFER_HOST_DEVICE Int Select(Mask m, Int a, Int b) {
@@ -127,9 +145,31 @@ struct IntervalLanes {
     if (period == Floor(a.hi, b.lo)) return {a.lo - period * b.lo, a.hi - period * b.lo};
     return {0, b.lo - 1};
   }
-  static TVM_FLASHINFER_HOST_DEVICE Float LoadFloat(const VariantArg&, Int) { return {}; }
-  static TVM_FLASHINFER_HOST_DEVICE Int LoadInt(const VariantArg&, Int) { return Interval::Any(); }
-  static TVM_FLASHINFER_HOST_DEVICE Mask LoadBool(const VariantArg&, Int) { return {true, true}; }
+  static TVM_FLASHINFER_HOST_DEVICE Int ShiftRight(Int a, Int bits) {
+    if (bits.lo != bits.hi || bits.lo < 0 || bits.lo > 31) return Interval::Any();
+    return FloorDiv(a, {int64_t{1} << bits.lo, int64_t{1} << bits.lo});
+  }
+  static TVM_FLASHINFER_HOST_DEVICE Int ShiftLeft(Int, Int) { return Interval::Any(); }
+  static TVM_FLASHINFER_HOST_DEVICE Int BitAnd(Int a, Int b) {
+    // With a constant 2^n - 1 it is the rest of a division.
+    if (b.lo == b.hi && b.lo >= 0 && (b.lo & (b.lo + 1)) == 0) {
+      return FloorMod(a, {b.lo + 1, b.lo + 1});
+    }
+    if (b.lo >= 0) return {0, b.hi};
+    return a.lo >= 0 ? Int{0, a.hi} : Interval::Any();
+  }
+  static TVM_FLASHINFER_HOST_DEVICE Int BitOr(Int, Int) { return Interval::Any(); }
+  static TVM_FLASHINFER_HOST_DEVICE Int BitXor(Int, Int) { return Interval::Any(); }
+#define TVM_FLASHINFER_UNTRACKED_LOAD(fn, type, value) \
+  static TVM_FLASHINFER_HOST_DEVICE type fn(const VariantArg&, Int) { return value; }
+  TVM_FLASHINFER_UNTRACKED_LOAD(LoadFloat, Float, {})
+  TVM_FLASHINFER_UNTRACKED_LOAD(LoadFloat16, Float, {})
+  TVM_FLASHINFER_UNTRACKED_LOAD(LoadBFloat16, Float, {})
+  TVM_FLASHINFER_UNTRACKED_LOAD(LoadInt, Int, Interval::Any())
+  TVM_FLASHINFER_UNTRACKED_LOAD(LoadInt8, Int, (Int{-128, 127}))
+  TVM_FLASHINFER_UNTRACKED_LOAD(LoadUInt8, Int, (Int{0, 255}))
+  TVM_FLASHINFER_UNTRACKED_LOAD(LoadBool, Mask, (Mask{true, true}))
+#undef TVM_FLASHINFER_UNTRACKED_LOAD
 #define TVM_FLASHINFER_UNTRACKED(fn) \
   static TVM_FLASHINFER_HOST_DEVICE Float fn(Float) { return {}; }
   TVM_FLASHINFER_UNTRACKED(Exp)
@@ -151,18 +191,26 @@ struct IntervalLanes {
 
 /*! \brief Interval lanes that also watch whether a tensor parameter is indexed past its end. */
 struct BoundsLanes : IntervalLanes {
+  using Uniform = BoundsLanes;
+
   //! The first parameter whose index may lie outside, since it was last cleared. Host only.
   static const VariantArg*& Violated() {
     static thread_local const VariantArg* violated = nullptr;
     return violated;
   }
-  static Float LoadFloat(const VariantArg& arg, Int index) { return Watch(arg, index), Float{}; }
-  static Int LoadInt(const VariantArg& arg, Int index) {
-    return Watch(arg, index), Interval::Any();
+#define TVM_FLASHINFER_WATCHED_LOAD(fn)              \
+  static auto fn(const VariantArg& arg, Int index) { \
+    Watch(arg, index);                               \
+    return IntervalLanes::fn(arg, index);            \
   }
-  static Mask LoadBool(const VariantArg& arg, Int index) {
-    return Watch(arg, index), Mask{true, true};
-  }
+  TVM_FLASHINFER_WATCHED_LOAD(LoadFloat)
+  TVM_FLASHINFER_WATCHED_LOAD(LoadFloat16)
+  TVM_FLASHINFER_WATCHED_LOAD(LoadBFloat16)
+  TVM_FLASHINFER_WATCHED_LOAD(LoadInt)
+  TVM_FLASHINFER_WATCHED_LOAD(LoadInt8)
+  TVM_FLASHINFER_WATCHED_LOAD(LoadUInt8)
+  TVM_FLASHINFER_WATCHED_LOAD(LoadBool)
+#undef TVM_FLASHINFER_WATCHED_LOAD
 
  private:
   static void Watch(const VariantArg& arg, Int index) {
@@ -172,17 +220,54 @@ struct BoundsLanes : IntervalLanes {
   }
 };
 
+/*! \brief Ranges over everything that a plan visits. */
+struct VisitedRange {
+  ElementIndex<Interval> elements;
+  Interval q_rows;      //!< rows of q
+  Interval kv_slots;    //!< places in the pool, page * page_size + offset
+  bool stores = false;  //!< not a run, but new keys and values on their way into the pool
+};
+
 /*!
  * \brief Index of a parameter that V may read past its end when elements lie in `at`, or -1.
  *
- * Loads happen for masked elements too, for lanes share them.
+ * Loads happen for masked elements too, for lanes share them. Elements of heads are tried one by
+ * one: what is written with them (halves, pairs) says little about a range of them.
  */
-template <typename V>
-int32_t FindOutOfBoundsParam(const VariantArgs& args, const ElementIndex<Interval>& at) {
-  BoundsLanes::Violated() = nullptr;
-  if constexpr (V::kHasLogits) V::template Logits<BoundsLanes>(args, AnyFloat{}, at);
-  if constexpr (V::kHasMask) V::template Mask<BoundsLanes>(args, at);
-  const VariantArg* violated = BoundsLanes::Violated();
+template <typename V, int kDimQK, int kDimVO>
+int32_t FindOutOfBoundsParam(const VariantArgs& args, const VisitedRange& at) {
+  using L = BoundsLanes;
+  const ElementIndex<Interval>& e = at.elements;
+  L::Violated() = nullptr;
+  if (!at.stores) {
+    if constexpr (V::kHasLogits) V::template Logits<L>(args, AnyFloat{}, e);
+    if constexpr (V::kHasMask) V::template Mask<L>(args, e);
+    if constexpr (V::kHasSink) V::template Sink<L>(args, e);
+  }
+  for (int64_t d = 0; d < (kDimQK > kDimVO ? kDimQK : kDimVO); ++d) {
+    const Interval dim{d, d}, none = Interval::Any();
+    [[maybe_unused]] const VectorIndex<L> q{e.request, e.q_idx,   e.q_head,
+                                            e.kv_head, at.q_rows, dim};
+    [[maybe_unused]] const VectorIndex<L> kv{none, e.kv_idx, none, e.kv_head, at.kv_slots, dim};
+    if (at.stores) {
+      if constexpr (V::kHasStoreKey) {
+        if (d < kDimQK) V::template StoreKey<L>(args, {}, kv);
+      }
+      if constexpr (V::kHasStoreValue) {
+        if (d < kDimVO) V::template StoreValue<L>(args, {}, kv);
+      }
+      continue;
+    }
+    if (d < kDimQK) {
+      if constexpr (V::kHasQuery) V::template Query<L>(args, {}, q);
+      if constexpr (V::kHasKey) V::template Key<L>(args, {}, kv);
+    }
+    if (d < kDimVO) {
+      if constexpr (V::kHasValue) V::template Value<L>(args, {}, kv);
+      if constexpr (V::kHasOutput) V::template Output<L>(args, {}, q);
+    }
+  }
+  const VariantArg* violated = L::Violated();
   return violated == nullptr ? -1 : static_cast<int32_t>(violated - args.arg);
 }
 

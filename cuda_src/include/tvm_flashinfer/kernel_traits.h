@@ -13,7 +13,15 @@
 namespace tvm_flashinfer {
 
 /*! \brief Element types a kernel may be compiled for; values are part of the ABI. */
-enum class ElementType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum class ElementType : int32_t {
+  kFloat32 = 0,
+  kFloat16 = 1,
+  kBFloat16 = 2,
+  kFloat8E4M3 = 3,  //!< from here on of pools only
+  kFloat8E5M2 = 4,
+  kInt8 = 5,
+  kInt4 = 6
+};
 
 /*! \brief The start of every kernel table. `abi` says which table it is. */
 struct KernelTraits {
@@ -25,10 +33,12 @@ struct KernelTraits {
   int32_t num_params;          //!< parameters of the variant, passed to a run as VariantArgs
   const VariantParam* params;  //!< [num_params]
   int32_t causal;              //!< the variant hides keys after the query: the scheduler skips them
+  int32_t softmax;             //!< without it there is no LSE
+  int32_t stores;              //!< new keys or values are transformed on their way into the pool
   int32_t row_tiles[2];        //!< packed rows of the decode and of the prefill tile
   int32_t kv_align;
   /*! \brief Index of a parameter that elements in `at` may read past its end, or -1. */
-  int32_t (*out_of_bounds_param)(const VariantArgs* args, const ElementIndex<Interval>* at);
+  int32_t (*out_of_bounds_param)(const VariantArgs* args, const VisitedRange* at);
 };
 
 }  // namespace tvm_flashinfer

@@ -21,8 +21,11 @@ constexpr int32_t kQueueTickets = 4;  // two are used; the rest aligns what foll
 /*!
  * \brief Operands of one attention run. Pointers are host or device pointers, as the backend's.
  *
- * Partial states lie in `o_partial` [partial row, query head, head_dim_vo] and `lse_partial`
- * [partial row, query head], float32; outputs are normalised, LSE is natural-log.
+ * Partial states are float32 and lie in `o_partial` [partial row, query head, head_dim_vo] and
+ * - on a CPU `softmax_partial` [partial row, query head, 2]: the largest logit, and the sum of
+ *   exponentials under it, by which the output is not yet divided. No logarithm is rounded, so
+ *   splitting keys costs no accuracy, however large logits are;
+ * - on a GPU `lse_partial` [partial row, query head], natural-log; outputs are normalised.
  */
 struct AttentionParams {
   const void* q;
@@ -43,6 +46,7 @@ struct AttentionParams {
   PlanView plan;
   /*! GPU backends, [kQueueTickets + query token * KV heads]: zeros, and zeros after every run. */
   int32_t* tickets;
+  float* softmax_partial;
 };
 
 }  // namespace tvm_flashinfer

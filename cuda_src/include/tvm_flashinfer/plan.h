@@ -11,11 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define TVM_FLASHINFER_HOST_DEVICE __host__ __device__
-#else
-#define TVM_FLASHINFER_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace tvm_flashinfer {
 

@@ -39,6 +39,29 @@ void MergeStates(int32_t num_states, const StateAt& state, int32_t dim, float* o
   *lse = max + std::log(sum);
 }
 
+/*!
+ * \brief As MergeStates, of states whose outputs are not divided by the sum of exponentials yet.
+ * \param state Callable i -> {const float* o, float max, float sum}; max is -inf of no keys.
+ * \param max, sum Of the merged state.
+ */
+template <typename StateAt>
+void MergePartialStates(int32_t num_states, const StateAt& state, int32_t dim, float* o, float* max,
+                        float* sum) {
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
+  *max = kNone;
+  for (int32_t i = 0; i < num_states; ++i) *max = std::fmax(*max, state(i).max);
+  const float safe = *max == kNone ? 0.0f : *max;
+  *sum = 0.0f;
+  for (int32_t d = 0; d < dim; ++d) o[d] = 0.0f;
+  for (int32_t i = 0; i < num_states; ++i) {
+    const auto s = state(i);
+    if (s.max == kNone && s.sum == 0.0f) continue;  // NaN is kept: it must reach the result
+    const float weight = std::exp(s.max - safe);
+    *sum += weight * s.sum;
+    for (int32_t d = 0; d < dim; ++d) o[d] += weight * s.o[d];
+  }
+}
+
 }  // namespace tvm_flashinfer
 
 #endif  // TVM_FLASHINFER_STATE_H_

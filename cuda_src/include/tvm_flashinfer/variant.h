@@ -1,8 +1,9 @@
 // Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
 //
-// Attention variants: what is computed per (query, key) element. A variant is written once, over a
-// `Lanes` type: SIMD vectors on a CPU, scalars in a CUDA thread. Kernels take any struct with the
-// members of StandardVariant; the Python side generates such structs from expressions.
+// Attention variants: what is computed per (query, key) element, and per element of a head. A
+// variant is written once, over a `Lanes` type: SIMD vectors on a CPU, scalars in a CUDA thread.
+// Kernels take any struct that derives from VariantDefaults and has the members that it announces;
+// the Python side generates such structs from expressions.
 #ifndef TVM_FLASHINFER_VARIANT_H_
 #define TVM_FLASHINFER_VARIANT_H_
 
@@ -20,6 +21,24 @@ struct ElementIndex {
   I kv_idx;   //!< position of the key in its request
   I q_head;
   I kv_head;
+};
+
+/*!
+ * \brief Where an element of one head vector stands: of a query or an output, or of a key or a
+ * value (which know no request, query or query head, for every query of a tile reads them).
+ *
+ * The vector's own place is the same in all lanes, so that what depends on it alone is computed
+ * once a vector, in `Lanes::Uniform`.
+ */
+template <typename Lanes>
+struct VectorIndex {
+  using Uniform = typename Lanes::Uniform::Int;
+  Uniform request;
+  Uniform position;  //!< of the query or key in its request
+  Uniform q_head;
+  Uniform kv_head;
+  Uniform row;              //!< of a query: its row of q; of a key: page * page_size + offset
+  typename Lanes::Int dim;  //!< element of the head
 };
 
 /*! \brief A parameter of a generated variant: a scalar, or a dense row-major tensor. */
@@ -41,7 +60,15 @@ struct VariantArgs {
 };
 
 /*! \brief Element types of parameters; values are part of the kernel interface. */
-enum class VariantType : int32_t { kFloat32 = 0, kInt32 = 1, kBool = 2 };
+enum class VariantType : int32_t {
+  kFloat32 = 0,
+  kInt32 = 1,
+  kBool = 2,
+  kFloat16 = 3,
+  kBFloat16 = 4,
+  kInt8 = 5,
+  kUInt8 = 6
+};
 
 /*! \brief A parameter as a generated variant declares it. */
 struct VariantParam {
@@ -62,6 +89,36 @@ struct TileRange {
   int32_t q_lo, q_hi, kv_lo, kv_hi;
 };
 
+/*!
+ * \brief What a variant does unless it says otherwise: softmax over plain logits.
+ *
+ * A variant that sets a flag has the member function of that name, over any `Lanes`:
+ *
+ *   kHasLogits  Float Logits(params, Float x, ElementIndex)       logit of a scaled product
+ *   kHasMask    Mask Mask(params, ElementIndex)                   whether the key is visible
+ *   kHasSink    Float Sink(params, ElementIndex)                  logit of one more key, of value 0
+ *   kHasQuery   Float Query(params, Vector x, VectorIndex)        element of the query, before the
+ *                                                                 scale
+ *   kHasKey, kHasValue    the same of a key and of a value, as they leave the pool
+ *   kHasOutput  Float Output(params, Vector x, VectorIndex)       element of the normalised output
+ *   kHasStoreKey, kHasStoreValue    of a new key or value, on its way into the pool
+ *
+ * Without kSoftmax a logit is the weight of its value, hidden keys weigh 0, nothing is normalised
+ * and there is no LSE.
+ */
+struct VariantDefaults {
+  static constexpr bool kHasLogits = false;
+  static constexpr bool kHasMask = false;
+  static constexpr bool kHasSink = false;
+  static constexpr bool kHasQuery = false;
+  static constexpr bool kHasKey = false;
+  static constexpr bool kHasValue = false;
+  static constexpr bool kHasOutput = false;
+  static constexpr bool kHasStoreKey = false;
+  static constexpr bool kHasStoreValue = false;
+  static constexpr bool kSoftmax = true;
+};
+
 /*! \brief Parameters of every StandardVariant; a variant reads those it is compiled with. */
 struct StandardVariantParams {
   int32_t window_left = 0;
@@ -76,7 +133,7 @@ struct StandardVariantParams {
  * \tparam kSoftCap Logits become cap * tanh(x / cap) (Gemma 2).
  */
 template <bool kCausal, bool kWindow = false, bool kSoftCap = false>
-struct StandardVariant {
+struct StandardVariant : VariantDefaults {
   using Params = StandardVariantParams;
   static constexpr bool kHasMask = kCausal || kWindow;
   static constexpr bool kHasLogits = kSoftCap;

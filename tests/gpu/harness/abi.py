@@ -97,6 +97,7 @@ class AttentionParams(ctypes.Structure):
         ("sm_scale", c_float),
         ("plan", PlanView),
         ("tickets", c_void_p),
+        ("softmax_partial", c_void_p),
     ]
 
 

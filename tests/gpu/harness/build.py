@@ -25,11 +25,14 @@ class ModuleSpec:
     head_dim_vo: int
     variant: str  # C++ type, in namespace tvm_flashinfer
     row_tiles: tuple[int, ...]
+    declaration: str = ""  # of the variant, where it is a generated one
 
     @property
     def source(self) -> str:
+        declaration = "#include <tvm_flashinfer/interval.h>\n" + self.declaration
         return (
-            "".join(
+            (declaration if self.declaration else "")
+            + "".join(
                 f"#define TVM_FLASHINFER_{name} {value}\n"
                 for name, value in (
                     ("ELEMENT", self.element),

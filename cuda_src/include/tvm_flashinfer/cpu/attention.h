@@ -11,6 +11,8 @@
 #include "few_rows.h"
 #include "kernel.h"
 #include "many_rows.h"
+#include "row_transform.h"
+#include "state_writer.h"
 
 namespace tvm_flashinfer {
 namespace cpu {
@@ -20,12 +22,16 @@ constexpr ElementType ElementTypeOf() {
   if constexpr (std::is_same_v<T, float>) return ElementType::kFloat32;
   if constexpr (std::is_same_v<T, Float16>) return ElementType::kFloat16;
   if constexpr (std::is_same_v<T, BFloat16>) return ElementType::kBFloat16;
+  if constexpr (std::is_same_v<T, Float8E4M3>) return ElementType::kFloat8E4M3;
+  if constexpr (std::is_same_v<T, Float8E5M2>) return ElementType::kFloat8E5M2;
+  if constexpr (std::is_same_v<T, Int8>) return ElementType::kInt8;
+  if constexpr (std::is_same_v<T, Int4>) return ElementType::kInt4;
 }
 
 /*!
  * \brief The attention template on a CPU.
  * \tparam TQ Queries and outputs: float, Float16 or BFloat16. Arithmetic is float32.
- * \tparam TKV The KV pool's elements.
+ * \tparam TKV The KV pool's elements: those, or Float8E4M3, Float8E5M2, Int8, Int4.
  * \tparam Variant See variant.h.
  */
 template <typename TQ, typename TKV, int kDimQK, int kDimVO, typename Variant>
@@ -35,9 +41,9 @@ struct Attention {
   static constexpr int kPrefillRows = 128;
   using Many = ManyRows<TQ, TKV, kDimQK, kDimVO, Variant>;
 
-  static int32_t OutOfBoundsParam(const VariantArgs* args, const ElementIndex<Interval>* at) {
+  static int32_t OutOfBoundsParam(const VariantArgs* args, const VisitedRange* at) {
     if constexpr (std::is_same_v<typename Variant::Params, VariantArgs>) {
-      return FindOutOfBoundsParam<Variant>(*args, *at);
+      return FindOutOfBoundsParam<Variant, kDimQK, kDimVO>(*args, *at);
     }
     return -1;
   }
@@ -56,7 +62,7 @@ struct Attention {
   static void Merge(const AttentionParams* p, int32_t begin, int32_t end) {
     struct State {
       const float* o;
-      float lse;
+      float max, sum;
     };
     const int32_t heads = p->num_qo_heads;
     float o[kDimVO];
@@ -65,37 +71,41 @@ struct Attention {
       const int32_t count = p->plan.merge_indptr[token + 1] - p->plan.merge_indptr[token];
       if (count == 0) continue;
       for (int32_t head = 0; head < heads; ++head) {
-        float lse;
-        MergeStates(
+        float max, sum;
+        MergePartialStates(
             count,
             [&](int32_t i) {
               const int64_t at = int64_t{rows[i]} * heads + head;
-              return State{p->o_partial + at * kDimVO, p->lse_partial[at]};
+              const float* softmax = p->softmax_partial + 2 * at;
+              return State{p->o_partial + at * kDimVO, softmax[0], softmax[1]};
             },
-            kDimVO, o, &lse);
-        TQ* to = static_cast<TQ*>(p->o) + token * p->o_token_stride + head * p->o_head_stride;
-        for (int d = 0; d < kDimVO; ++d) to[d] = FromFloat<TQ>(o[d]);
-        if (p->lse != nullptr) p->lse[int64_t{token} * heads + head] = lse;
+            kDimVO, o, &max, &sum);
+        FinishState<Variant, TQ, kDimVO>(*p, token, head, max, sum, [&](int d) { return o[d]; });
       }
     }
   }
 
   static void Append(const AppendParams* p, int32_t begin, int32_t end) {
-    for (int32_t token = begin; token < end; ++token) {
-      const int64_t slot = p->slots[token];
-      if (slot < 0) continue;
-      const TQ* from = static_cast<const TQ*>(p->source) + token * p->source_token_stride;
-      TKV* to = static_cast<TKV*>(p->pool) + slot / p->page_size * p->strides.page +
-                slot % p->page_size * p->strides.token;
-      for (int32_t head = 0; head < p->num_heads; ++head) {
-        const TQ* source = from + head * p->source_head_stride;
-        TKV* target = to + head * p->strides.head;
-        if constexpr (std::is_same_v<TQ, TKV>) {
-          std::memcpy(target, source, p->dim * sizeof(TKV));
+    if (p->values) {
+      const auto store = [&](const auto& x, const auto& at) {
+        if constexpr (Variant::kHasStoreValue) {
+          const auto& variant = *static_cast<const typename Variant::Params*>(p->variant_params);
+          return Variant::template StoreValue<SimdLanes>(variant, x, at);
         } else {
-          for (int32_t d = 0; d < p->dim; ++d) target[d] = FromFloat<TKV>(ToFloat(source[d]));
+          return SimdLanes::Element(x);
         }
-      }
+      };
+      AppendRows<kDimVO, Variant::kHasStoreValue>(*p, begin, end, store);
+    } else {
+      const auto store = [&](const auto& x, const auto& at) {
+        if constexpr (Variant::kHasStoreKey) {
+          const auto& variant = *static_cast<const typename Variant::Params*>(p->variant_params);
+          return Variant::template StoreKey<SimdLanes>(variant, x, at);
+        } else {
+          return SimdLanes::Element(x);
+        }
+      };
+      AppendRows<kDimQK, Variant::kHasStoreKey>(*p, begin, end, store);
     }
   }
 
@@ -113,6 +123,8 @@ struct Attention {
                                     num_params,
                                     params,
                                     causal,
+                                    Variant::kSoftmax,
+                                    Variant::kHasStoreKey || Variant::kHasStoreValue,
                                     {kMaxFewRows, kPrefillRows},
                                     Many::kBlockKV,
                                     &OutOfBoundsParam,
@@ -124,6 +136,37 @@ struct Attention {
   }
 
  private:
+  template <int kDim, bool kTransform, typename Store>
+  static void AppendRows(const AppendParams& p, int32_t begin, int32_t end, const Store& store) {
+    for (int32_t token = begin; token < end; ++token) {
+      const int64_t slot = p.slots[token];
+      if (slot < 0) continue;
+      const TQ* from = static_cast<const TQ*>(p.source) + token * p.source_token_stride;
+      TKV* to = static_cast<TKV*>(p.pool) + slot / p.page_size * p.strides.page +
+                slot % p.page_size * p.strides.token;
+      for (int32_t head = 0; head < p.num_heads; ++head) {
+        const TQ* source = from + head * p.source_head_stride;
+        TKV* target = to + head * p.strides.head;
+        if constexpr (std::is_same_v<TQ, TKV> && !kTransform) {
+          std::memcpy(target, source, kDim * sizeof(TKV));
+        } else {
+          float row[2 * kPaddedDim<kDim>];
+          RowToFloat<kDim>(source, row);
+          if constexpr (kTransform) {
+            const RowIndex at{0,
+                              p.positions == nullptr ? 0 : p.positions[token],
+                              0,
+                              head,
+                              static_cast<int32_t>(slot),
+                              {}};
+            TransformRow<kDim>(row, at, store, row + kPaddedDim<kDim>);
+          }
+          StoreRow(row + (kTransform ? kPaddedDim<kDim> : 0), kDim, target);
+        }
+      }
+    }
+  }
+
   template <int kRows>
   static void RunRows(int32_t rows, const AttentionParams& p, const WorkItem& item,
                       float* scratch) {

@@ -8,8 +8,12 @@
 #ifndef TVM_FLASHINFER_CPU_FEW_ROWS_H_
 #define TVM_FLASHINFER_CPU_FEW_ROWS_H_
 
+#include <algorithm>
 #include <cmath>
+#include <type_traits>
 
+#include "row_transform.h"
+#include "state_writer.h"
 #include "tile.h"
 
 namespace tvm_flashinfer {
@@ -21,7 +25,9 @@ class FewRows {
  public:
   static constexpr int kBlockKV = 32;
 
-  static int64_t ScratchFloats() { return kRows * (kPaddedQK + kPaddedVO + kBlockKV); }
+  static int64_t ScratchFloats() {
+    return kRows * (kPaddedQK + kPaddedVO + kBlockKV) + kKeyFloats + kValueFloats;
+  }
 
   static void Run(const AttentionParams& p, const WorkItem& item, float* scratch) {
     FewRows(p, item, scratch).Run();
@@ -29,9 +35,8 @@ class FewRows {
 
  private:
   using Params = typename Variant::Params;
-  static constexpr int Padded(int dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
-  static constexpr int kPaddedQK = Padded(kDimQK);
-  static constexpr int kPaddedVO = Padded(kDimVO);
+  static constexpr int kPaddedQK = kPaddedDim<kDimQK>;
+  static constexpr int kPaddedVO = kPaddedDim<kDimVO>;
   //! Accumulators that leave registers for operands.
   static constexpr int kAccumulators = kRegisters == 32 ? 16 : 8;
   //! Rows of one register block: more would leave it one token wide and starved for loads.
@@ -41,8 +46,15 @@ class FewRows {
                                  : kAccumulators / kGroupRows >= 4 ? 4
                                                                    : 2;
   static constexpr int kVectors = kTokens;
+  static constexpr int kUnit = kElementsPerUnit<TKV>;
   //! Elements of a cache line.
-  static constexpr int kLine = 64 / static_cast<int>(sizeof(TKV));
+  static constexpr int kLine = 64 / static_cast<int>(sizeof(TKV)) * kUnit;
+  //! Transformed rows are float32, in a block of scratch; others are read in their pages.
+  static constexpr bool kKeys = Variant::kHasKey, kValues = Variant::kHasValue;
+  using Key = std::conditional_t<kKeys, float, TKV>;
+  using Value = std::conditional_t<kValues, float, TKV>;
+  static constexpr int kKeyFloats = kKeys ? (kBlockKV + 1) * kPaddedQK : 0;
+  static constexpr int kValueFloats = kValues ? (kBlockKV + 1) * kPaddedVO : 0;
   static_assert(kBlockKV % kTokens == 0 && kBlockKV % kLanes == 0, "blocks hold whole vectors");
 
   FewRows(const AttentionParams& p, const WorkItem& item, float* scratch)
@@ -52,7 +64,9 @@ class FewRows {
         variant_(*static_cast<const Params*>(p.variant_params)),
         q_(scratch),
         o_(q_ + kRows * kPaddedQK),
-        s_(o_ + kRows * kPaddedVO) {}
+        s_(o_ + kRows * kPaddedVO),
+        key_block_(s_ + kRows * kBlockKV),
+        value_block_(key_block_ + kKeyFloats) {}
 
   void Run() {
     LoadQueries();
@@ -85,11 +99,35 @@ class FewRows {
       range.kv_hi = range.kv_lo + count - 1;
       const TileClass tile = Variant::Classify(variant_, range);
       if (tile != TileClass::kEmpty) {
-        Scores(now[0], next[0]);
+        int32_t slots[kBlockKV];
+        if constexpr (kKeys || kValues) k_rows.Slots(begin, count, slots);
+        if constexpr (kKeys) {
+          const float* rows[kBlockKV];
+          TransformRows<kDimQK>(
+              now[0], next[0], count, range.kv_lo, slots,
+              [this](const auto& x, const auto& at) {
+                return Variant::template Key<SimdLanes>(variant_, x, at);
+              },
+              key_block_, rows);
+          Scores(rows, next[0]);
+        } else {
+          Scores(now[0], next[0]);
+        }
         Transform(range.kv_lo, count, tile == TileClass::kMixed);
         float rescale[kRows];
         Softmax(rescale);
-        Accumulate(now[1], next[1], count, rescale);
+        if constexpr (kValues) {
+          const float* rows[kBlockKV];
+          TransformRows<kDimVO>(
+              now[1], next[1], count, range.kv_lo, slots,
+              [this](const auto& x, const auto& at) {
+                return Variant::template Value<SimdLanes>(variant_, x, at);
+              },
+              value_block_, rows);
+          Accumulate(rows, next[1], count, rescale);
+        } else {
+          Accumulate(now[1], next[1], count, rescale);
+        }
       }
       count = next_count;
     }
@@ -101,32 +139,48 @@ class FewRows {
     for (int r = 0; r < kRows; ++r) {
       const TQ* from = q + rows_.Token(r) * p_.q_token_stride + rows_.Head(r) * p_.q_head_stride;
       float* to = q_ + r * kPaddedQK;
-      for (int d = 0; d < kDimQK; ++d) to[d] = ToFloat(from[d]) * p_.sm_scale;
-      for (int d = kDimQK; d < kPaddedQK; ++d) to[d] = 0.0f;
-      max_[r] = -kInf;
+      if constexpr (Variant::kHasQuery) {
+        const int32_t token = rows_.Token(r);
+        const RowIndex at{p_.plan.q_request[token],
+                          p_.plan.q_position[token],
+                          rows_.Head(r),
+                          item_.head,
+                          token,
+                          {}};
+        float buffer[2 * kPaddedQK];
+        const float* row = QueryRow<kDimQK, Variant>(from, variant_, at, buffer);
+        for (int d = 0; d < kPaddedQK; ++d) to[d] = row[d] * p_.sm_scale;
+      } else {
+        for (int d = 0; d < kDimQK; ++d) to[d] = ToFloat(from[d]) * p_.sm_scale;
+        for (int d = kDimQK; d < kPaddedQK; ++d) to[d] = 0.0f;
+      }
+      max_[r] = Variant::kSoftmax ? -kInf : 0.0f;
       sum_[r] = 0.0f;
     }
     std::fill_n(o_, kRows * kPaddedVO, 0.0f);
   }
 
-  /*! Elements [d, d + kLanes) of a row of kDim, zero past its end. */
-  template <int kDim>
-  static VFloat LoadRow(const TKV* row, int d) {
-    if (kDim % kLanes == 0 || d + kLanes <= kDim) return Load(row + d);
-    VFloat v = {};
-    for (int i = 0; i < kDim % kLanes; ++i) v[i] = ToFloat(row[d + i]);
-    return v;
+  /*! Rows of the block transformed into `block`, which `rows` point into; prefetches the next. */
+  template <int kDim, typename Fn>
+  void TransformRows(const TKV* const* source, const TKV* const* next, int32_t count,
+                     int32_t position, const int32_t* slots, const Fn& transform, float* block,
+                     const float** rows) {
+    constexpr int kRowLines = (kDim + kLine - 1) / kLine;
+    for (int line = 0; line < kRowLines * count; ++line) PrefetchLine<kDim>(next, line);
+    const RowIndex at{0, position, 0, item_.head, 0, {}};
+    TransformBlock<kDim>(source, count, at, slots, transform, block, rows);
+    for (int32_t i = count; i < kBlockKV; ++i) rows[i] = rows[count - 1];
   }
 
   /*! Prefetch the `line`-th cache line of a block, counted row after row. */
   template <int kDim>
   static void PrefetchLine(const TKV* const* rows, int line) {
     constexpr int kRowLines = (kDim + kLine - 1) / kLine;
-    Prefetch(rows[line / kRowLines] + line % kRowLines * kLine);
+    Prefetch(rows[line / kRowLines] + line % kRowLines * (kLine / kUnit));
   }
 
   /*! S[row][n] = Q[row] . K[n] */
-  void Scores(const TKV* const* k, const TKV* const* next) {
+  void Scores(const Key* const* k, const TKV* const* next) {
     for (int n = 0; n < kBlockKV; n += kTokens) {
       ScoreRows<0, kGroupRows>(k, next, n);
       if constexpr (kGroups > 1) ScoreRows<kGroupRows, kRows - kGroupRows>(k, next, n);
@@ -134,11 +188,11 @@ class FewRows {
   }
 
   template <int kFirst, int kCount>
-  void ScoreRows(const TKV* const* k, const TKV* const* next, int n) {
+  void ScoreRows(const Key* const* k, const TKV* const* next, int n) {
     VFloat acc[kTokens][kCount] = {};
 #pragma GCC unroll 4
     for (int d = 0; d < kPaddedQK; d += kLanes) {
-      if (kFirst == 0 && d % kLine == 0) {
+      if (!kKeys && kFirst == 0 && d % kLine == 0) {
         for (int t = 0; t < kTokens; ++t) {
           PrefetchLine<kDimQK>(next + n, d / kLine * kTokens + t);
         }
@@ -175,12 +229,16 @@ class FewRows {
           x = Variant::template Logits<SimdLanes>(variant_, x, at);
         }
         if (masked) visible = visible & Variant::template Mask<SimdLanes>(variant_, at);
-        Store(s, Select(visible, x, Broadcast(-kInf)));
+        Store(s, Select(visible, x, Broadcast(Variant::kSoftmax ? -kInf : 0.0f)));
       }
     }
   }
 
   void Softmax(float* rescale) {
+    if constexpr (!Variant::kSoftmax) {
+      std::fill_n(rescale, kRows, 1.0f);
+      return;
+    }
     for (int r = 0; r < kRows; ++r) {
       float* s = s_ + r * kBlockKV;
       VFloat lanes_max = Load(s);
@@ -200,7 +258,7 @@ class FewRows {
   }
 
   /*! O[row] = O[row] * rescale + P[row] V, a few vectors of the head at a time. */
-  void Accumulate(const TKV* const* v, const TKV* const* next, int32_t count,
+  void Accumulate(const Value* const* v, const TKV* const* next, int32_t count,
                   const float* rescale) {
     constexpr int kStep = kVectors * kLanes;
     int d = 0;
@@ -212,7 +270,7 @@ class FewRows {
   }
 
   template <int kWidth>
-  void AccumulateVectors(const TKV* const* v, const TKV* const* next, int32_t count, int d,
+  void AccumulateVectors(const Value* const* v, const TKV* const* next, int32_t count, int d,
                          const float* rescale) {
     AccumulateRows<0, kGroupRows, kWidth>(v, next, count, d, rescale);
     if constexpr (kGroups > 1) {
@@ -221,7 +279,7 @@ class FewRows {
   }
 
   template <int kFirst, int kCount, int kWidth>
-  void AccumulateRows(const TKV* const* v, const TKV* const* next, int32_t count, int d,
+  void AccumulateRows(const Value* const* v, const TKV* const* next, int32_t count, int d,
                       const float* rescale) {
     constexpr int kLines = (kWidth * kLanes + kLine - 1) / kLine;
     float* o = o_ + kFirst * kPaddedVO + d;
@@ -233,7 +291,7 @@ class FewRows {
       }
     }
     for (int32_t n = 0; n < count; ++n) {
-      if (kFirst == 0 && d % kLine == 0) {
+      if (!kValues && kFirst == 0 && d % kLine == 0) {
         const int line = d / kLine * count + n * kLines;
         for (int i = 0; i < kLines; ++i) PrefetchLine<kDimVO>(next, line + i);
       }
@@ -250,12 +308,10 @@ class FewRows {
   }
 
   void WriteStates() {
-    const StateWriter<TQ, kDimVO> writer(p_, item_);
+    const StateWriter<Variant, TQ, kDimVO> writer(p_, item_);
     for (int r = 0; r < kRows; ++r) {
-      const float scale = sum_[r] == 0.0f ? 0.0f : 1.0f / sum_[r];
-      const float lse = sum_[r] == 0.0f ? -kInf : max_[r] + std::log(sum_[r]);
       const float* o = o_ + r * kPaddedVO;
-      writer.Write(r, lse, [&](int d) { return o[d] * scale; });
+      writer.Write(r, max_[r], sum_[r], [o](int d) { return o[d]; });
     }
   }
 
@@ -263,7 +319,7 @@ class FewRows {
   const WorkItem& item_;
   PackedRows rows_;
   const Params& variant_;
-  float *q_, *o_, *s_;
+  float *q_, *o_, *s_, *key_block_, *value_block_;
   float max_[kRows], sum_[kRows];
 };
 

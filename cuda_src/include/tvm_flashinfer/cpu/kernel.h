@@ -13,7 +13,7 @@
 namespace tvm_flashinfer {
 
 //! Changes with the layout of anything a kernel shares with the runtime.
-inline constexpr int32_t kCpuKernelAbi = 2;
+inline constexpr int32_t kCpuKernelAbi = 3;
 
 /*! \brief New keys or values, and where in the pool they go. */
 struct AppendParams {
@@ -21,10 +21,12 @@ struct AppendParams {
   int64_t source_token_stride, source_head_stride;
   void* pool;  //!< element type of the KV pool
   KVStrides strides;
-  const int64_t* slots;  //!< [token] page * page_size + slot; negative: drop
+  const int64_t* slots;      //!< [token] page * page_size + slot; negative: drop
+  const int32_t* positions;  //!< [token] in its request; null: the variant doesn't ask
+  const void* variant_params;
   int32_t page_size;
   int32_t num_heads;
-  int32_t dim;
+  bool values;  //!< they are values, not keys
 };
 
 struct CpuKernel : KernelTraits {

@@ -12,6 +12,8 @@
 #include <cmath>
 #include <type_traits>
 
+#include "row_transform.h"
+#include "state_writer.h"
 #include "tile.h"
 
 namespace tvm_flashinfer {
@@ -29,7 +31,7 @@ class ManyRows {
   static int64_t ScratchFloats(int32_t max_rows) {
     const int64_t panels = (max_rows + kPanel - 1) / kPanel;
     return panels * kPanel * (kDimQK + kDimVO + 2 + 3) + (kBlockKV + kBlockRows) * kPanel +
-           (kConvert ? kBlockKV * (kDimQK + kDimVO) : 0);
+           (kConvertK ? kBlockFloats<kDimQK> : 0) + (kConvertV ? kBlockFloats<kDimVO> : 0);
   }
 
   static void Run(const AttentionParams& p, const WorkItem& item, float* scratch) {
@@ -37,7 +39,11 @@ class ManyRows {
   }
 
  private:
-  static constexpr bool kConvert = !std::is_same_v<TKV, float>;
+  //! Whether rows are read from a block of scratch, not in their pages.
+  static constexpr bool kConvertK = !std::is_same_v<TKV, float> || Variant::kHasKey;
+  static constexpr bool kConvertV = !std::is_same_v<TKV, float> || Variant::kHasValue;
+  template <int kDim>
+  static constexpr int kBlockFloats = (kBlockKV + 1) * kPaddedDim<kDim>;
   using Params = typename Variant::Params;
 
   ManyRows(const AttentionParams& p, const WorkItem& item, float* scratch)
@@ -59,10 +65,8 @@ class ManyRows {
     q_head_ = reinterpret_cast<int32_t*>(take(panels_ * kPanel));
     request_ = reinterpret_cast<int32_t*>(take(panels_ * kPanel));
     s_ = take((kBlockKV + kBlockRows) * kPanel);
-    if constexpr (kConvert) {
-      k_block_ = take(kBlockKV * kDimQK);
-      v_block_ = take(kBlockKV * kDimVO);
-    }
+    if constexpr (kConvertK) k_block_ = take(kBlockFloats<kDimQK>);
+    if constexpr (kConvertV) v_block_ = take(kBlockFloats<kDimVO>);
   }
 
   /*! A block's rows in the pool. */
@@ -100,8 +104,8 @@ class ManyRows {
       if (tile == TileClass::kEmpty) continue;
       const float* k[kBlockKV + kBlockRows];
       const float* v[kBlockKV];
-      LoadBlock<kDimQK>(block.k, count, k_block_, k);
-      LoadBlock<kDimVO>(block.v, count, v_block_, v);
+      LoadKeys(block, range.kv_lo, k_rows, begin, k);
+      LoadValues(block, range.kv_lo, v_rows, begin, v);
       // Rows past the end repeat the last one: their logits are never read.
       for (int32_t i = 0; i < kBlockRows; ++i) k[count + i] = k[count - 1];
       for (int32_t panel = 0; panel < panels_; ++panel) {
@@ -124,28 +128,63 @@ class ManyRows {
       const int32_t head = rows_.Head(source);
       const TQ* from = q + token * p_.q_token_stride + head * p_.q_head_stride;
       float* to = q_ + int64_t{row / kPanel} * kPanel * kDimQK + row % kPanel;
-      for (int d = 0; d < kDimQK; ++d) to[d * kPanel] = ToFloat(from[d]) * p_.sm_scale;
+      if constexpr (Variant::kHasQuery) {
+        const RowIndex at{
+            p_.plan.q_request[token], p_.plan.q_position[token], head, item_.head, token, {}};
+        float buffer[2 * kPaddedDim<kDimQK>];
+        const float* query = QueryRow<kDimQK, Variant>(from, variant_, at, buffer);
+        for (int d = 0; d < kDimQK; ++d) to[d * kPanel] = query[d] * p_.sm_scale;
+      } else {
+        for (int d = 0; d < kDimQK; ++d) to[d * kPanel] = ToFloat(from[d]) * p_.sm_scale;
+      }
       q_idx_[row] = p_.plan.q_position[token];
       request_[row] = p_.plan.q_request[token];
       q_head_[row] = head;
-      max_[row] = -kInf;
+      max_[row] = Variant::kSoftmax ? -kInf : 0.0f;
       sum_[row] = 0.0f;
     }
     std::fill_n(o_, int64_t{panels_} * kPanel * kDimVO, 0.0f);
   }
 
-  /*! Point rows at a block's tokens as float32: in their pages, or converted into `block`. */
+  /*! Point rows at a block's keys as float32: in their pages, or in scratch. */
+  void LoadKeys(const Block& block, int32_t position, const KVRows<TKV>& pool, int32_t begin,
+                const float** rows) {
+    if constexpr (Variant::kHasKey) {
+      int32_t slots[kBlockKV];
+      pool.Slots(begin, block.count, slots);
+      TransformBlock<kDimQK>(
+          block.k, block.count, RowIndex{0, position, 0, item_.head, 0, {}}, slots,
+          [this](const auto& x, const auto& at) {
+            return Variant::template Key<SimdLanes>(variant_, x, at);
+          },
+          k_block_, rows);
+    } else {
+      LoadBlock<kDimQK>(block.k, block.count, k_block_, rows);
+    }
+  }
+  void LoadValues(const Block& block, int32_t position, const KVRows<TKV>& pool, int32_t begin,
+                  const float** rows) {
+    if constexpr (Variant::kHasValue) {
+      int32_t slots[kBlockKV];
+      pool.Slots(begin, block.count, slots);
+      TransformBlock<kDimVO>(
+          block.v, block.count, RowIndex{0, position, 0, item_.head, 0, {}}, slots,
+          [this](const auto& x, const auto& at) {
+            return Variant::template Value<SimdLanes>(variant_, x, at);
+          },
+          v_block_, rows);
+    } else {
+      LoadBlock<kDimVO>(block.v, block.count, v_block_, rows);
+    }
+  }
   template <int kDim>
   static void LoadBlock(const TKV* const* source, int32_t count, float* block, const float** rows) {
     for (int32_t i = 0; i < count; ++i) {
-      if constexpr (kConvert) {
-        float* row = block + i * kDim;
-        int d = 0;
-        for (; d + kLanes <= kDim; d += kLanes) Store(row + d, Load(source[i] + d));
-        for (; d < kDim; ++d) row[d] = ToFloat(source[i][d]);
-        rows[i] = row;
-      } else {
+      if constexpr (std::is_same_v<TKV, float>) {
         rows[i] = source[i];
+      } else {
+        rows[i] = block + i * kPaddedDim<kDim>;
+        RowToFloat<kDim>(source[i], block + i * kPaddedDim<kDim>);
       }
     }
   }
@@ -155,7 +194,8 @@ class ManyRows {
    * lines it asks for, so the pages of the next block arrive while this one is computed.
    */
   void PrefetchShare() {
-    constexpr int kLine = 64 / static_cast<int>(sizeof(TKV));
+    constexpr int kUnits = 64 / static_cast<int>(sizeof(TKV));  // of a cache line
+    constexpr int kLine = kUnits * kElementsPerUnit<TKV>;
     constexpr int kLinesK = (kDimQK + kLine - 1) / kLine;
     constexpr int kLinesV = (kDimVO + kLine - 1) / kLine;
     constexpr int kSteps = (kBlockKV + kBlockRows - 1) / kBlockRows;
@@ -165,8 +205,8 @@ class ManyRows {
     for (; prefetch_line_ < end; ++prefetch_line_) {
       const int32_t v_line = prefetch_line_ - prefetch_->count * kLinesK;
       Prefetch(v_line < 0
-                   ? prefetch_->k[prefetch_line_ / kLinesK] + prefetch_line_ % kLinesK * kLine
-                   : prefetch_->v[v_line / kLinesV] + v_line % kLinesV * kLine);
+                   ? prefetch_->k[prefetch_line_ / kLinesK] + prefetch_line_ % kLinesK * kUnits
+                   : prefetch_->v[v_line / kLinesV] + v_line % kLinesV * kUnits);
     }
   }
 
@@ -212,7 +252,8 @@ class ManyRows {
           x = Variant::template Logits<SimdLanes>(variant_, x, at);
         }
         if (masked) {
-          x = Select(Variant::template Mask<SimdLanes>(variant_, at), x, Broadcast(-kInf));
+          constexpr float kHidden = Variant::kSoftmax ? -kInf : 0.0f;
+          x = Select(Variant::template Mask<SimdLanes>(variant_, at), x, Broadcast(kHidden));
         }
         Store(s, x);
       }
@@ -221,6 +262,10 @@ class ManyRows {
 
   /*! Online softmax (Milakov and Gimelshein, 2018): S becomes P; returns the old state's factor. */
   void Softmax(int32_t panel, int32_t count, VFloat* rescale) {
+    if constexpr (!Variant::kSoftmax) {
+      std::fill_n(rescale, kPanelVectors, Broadcast(1.0f));
+      return;
+    }
     for (int j = 0; j < kPanelVectors; ++j) {
       const int32_t row = panel * kPanel + j * kLanes;
       const VFloat old_max = Load(max_ + row);
@@ -275,13 +320,10 @@ class ManyRows {
   }
 
   void WriteStates() {
-    const StateWriter<TQ, kDimVO> writer(p_, item_);
+    const StateWriter<Variant, TQ, kDimVO> writer(p_, item_);
     for (int32_t row = 0; row < rows_.count; ++row) {
-      const float sum = sum_[row];
-      const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
-      const float lse = sum == 0.0f ? -kInf : max_[row] + std::log(sum);
       const float* o = o_ + int64_t{row / kPanel} * kPanel * kDimVO + row % kPanel;
-      writer.Write(row, lse, [&](int d) { return o[d * kPanel] * scale; });
+      writer.Write(row, max_[row], sum_[row], [o](int d) { return o[d * kPanel]; });
     }
   }
 

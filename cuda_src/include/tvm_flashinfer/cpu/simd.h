@@ -10,12 +10,11 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
 #include "../dtype.h"
-#include "../variant.h"
 
 namespace tvm_flashinfer {
 namespace cpu {
@@ -33,6 +32,9 @@ inline constexpr int kRegisters = 16;
 
 typedef float VFloat __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VInt __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VUInt __attribute__((vector_size(kLanes * 4)));
+typedef uint8_t VByteBits __attribute__((vector_size(kLanes)));
+typedef int8_t VSignedBytes __attribute__((vector_size(kLanes)));
 typedef uint16_t VHalfBits __attribute__((vector_size(kLanes * 2)));
 
 inline constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -63,16 +65,64 @@ inline VFloat Load(const BFloat16* p) {
   return v;
 }
 
-inline VFloat Load(const Float16* p) {
+inline VFloat HalfToFloat(VHalfBits bits) {
 #if defined(__AVX512F__)
-  return (VFloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (VFloat)_mm512_cvtph_ps((__m256i)bits);
 #elif defined(__F16C__) && defined(__AVX__)
-  return (VFloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (VFloat)_mm256_cvtph_ps((__m128i)bits);
 #else
   VFloat v;
-  for (int i = 0; i < kLanes; ++i) v[i] = ToFloat(p[i]);
+  for (int i = 0; i < kLanes; ++i) v[i] = ToFloat(Float16{bits[i]});
   return v;
 #endif
+}
+
+inline VFloat Load(const Float16* p) {
+  VHalfBits bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return HalfToFloat(bits);
+}
+
+inline VFloat Load(const Float8E5M2* p) {
+  VByteBits bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return HalfToFloat(__builtin_convertvector(bits, VHalfBits) << 8);
+}
+
+inline VFloat Load(const Float8E4M3* p) {
+  VByteBits bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  const VHalfBits wide = __builtin_convertvector(bits, VHalfBits);
+  const VHalfBits magnitude = wide & 0x7f;
+  // As half the bits line up; the exponent's bias differs by 8. The largest magnitude is NaN.
+  const VHalfBits nan = (VHalfBits)(magnitude == 0x7f) & 0x7e00;
+  return HalfToFloat((wide & 0x80) << 8 | magnitude << 7 | nan) * 256.0f;
+}
+
+inline VFloat Load(const Int8* p) {
+  VSignedBytes bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(__builtin_convertvector(bytes, VInt), VFloat);
+}
+
+/*! Elements [2 i, 2 i + kLanes) from unit i on. */
+inline VFloat Load(const Int4* p) {
+  VByteBits packed = {}, unit;
+  std::memcpy(&packed, p, kLanes / 2);
+  for (int i = 0; i < kLanes; ++i) unit[i] = static_cast<uint8_t>(i / 2);
+  const VInt pairs = __builtin_convertvector(__builtin_shuffle(packed, unit), VInt);
+  const VInt half = (Iota() & 1) * 4;
+  return __builtin_convertvector((pairs >> half) << 28 >> 28, VFloat);
+}
+
+/*! Elements [d, d + kLanes) of a row of kDim, zero past its end. */
+template <int kDim, typename T>
+inline VFloat LoadRow(const T* row, int d) {
+  constexpr int kUnit = kElementsPerUnit<T>;
+  if (kDim % kLanes == 0 || d + kLanes <= kDim) return Load(row + d / kUnit);
+  T tail[kLanes / kUnit] = {};
+  std::memcpy(tail, row + d / kUnit, kDim % kLanes / kUnit * sizeof(T));
+  return Load(tail);
 }
 
 inline VFloat Select(VInt mask, VFloat a, VFloat b) { return mask ? a : b; }
@@ -135,73 +185,6 @@ inline VFloat Tanh(VFloat x) {
   const VFloat t = Select(a < 0.08f, small, large);
   return Select(x < 0.0f, -t, t);
 }
-
-/*! Apply a scalar function lane by lane, where none is vectorised. */
-template <typename Fn>
-inline VFloat Map(VFloat x, const Fn& fn) {
-  VFloat y;
-  for (int i = 0; i < kLanes; ++i) y[i] = fn(x[i]);
-  return y;
-}
-
-/*! \brief The vocabulary a variant is written in, see variant.h. */
-struct SimdLanes {
-  using Float = VFloat;
-  using Int = VInt;
-  using Mask = VInt;
-
-  static Float F(float x) { return Broadcast(x); }
-  static Int I(int32_t x) { return Broadcast(x); }
-  static Mask B(bool x) { return Broadcast(x ? -1 : 0); }
-  static Float ToFloat(Int x) { return __builtin_convertvector(x, VFloat); }
-  static Int ToInt(Float x) { return __builtin_convertvector(x, VInt); }
-  static Mask Not(Mask m) { return ~m; }
-  static Float Select(Mask m, Float a, Float b) { return m ? a : b; }
-  static Int Select(Mask m, Int a, Int b) { return m ? a : b; }
-  static Float Min(Float a, Float b) { return cpu::Min(a, b); }
-  static Float Max(Float a, Float b) { return cpu::Max(a, b); }
-  static Int Min(Int a, Int b) { return a < b ? a : b; }
-  static Int Max(Int a, Int b) { return a > b ? a : b; }
-  static Int FloorDiv(Int a, Int b) {
-    const Int q = a / b;  // rounds to zero; one less where the signs of rest and divisor differ
-    return q + ((a - q * b != 0) & ((a < 0) != (b < 0)));
-  }
-  static Int FloorMod(Int a, Int b) { return a - FloorDiv(a, b) * b; }
-  static Float LoadFloat(const VariantArg& arg, Int index) {
-    Float v;
-    for (int i = 0; i < kLanes; ++i) v[i] = static_cast<const float*>(arg.data)[index[i]];
-    return v;
-  }
-  static Int LoadInt(const VariantArg& arg, Int index) {
-    Int v;
-    for (int i = 0; i < kLanes; ++i) v[i] = static_cast<const int32_t*>(arg.data)[index[i]];
-    return v;
-  }
-  static Mask LoadBool(const VariantArg& arg, Int index) {
-    Mask v;
-    for (int i = 0; i < kLanes; ++i) {
-      v[i] = static_cast<const uint8_t*>(arg.data)[index[i]] ? -1 : 0;
-    }
-    return v;
-  }
-  static Float Exp(Float x) { return cpu::Exp(x); }
-  static Float Exp2(Float x) { return cpu::Exp(x * 0.693147181f); }
-  static Float Tanh(Float x) { return cpu::Tanh(x); }
-  static Float Sigmoid(Float x) { return 0.5f * cpu::Tanh(0.5f * x) + 0.5f; }
-  static Float Abs(Float x) { return cpu::Max(x, -x); }
-  static Float Sqrt(Float x) {
-    return Map(x, [](float e) { return std::sqrt(e); });
-  }
-  static Float Log(Float x) {
-    return Map(x, [](float e) { return std::log(e); });
-  }
-  static Float Sin(Float x) {
-    return Map(x, [](float e) { return std::sin(e); });
-  }
-  static Float Cos(Float x) {
-    return Map(x, [](float e) { return std::cos(e); });
-  }
-};
 
 // Into L2: a core has too few L1 fill buffers for prefetches and the loads of this block at once.
 inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }

@@ -1,6 +1,6 @@
 // Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
 //
-// What both CPU paths need of a work item: where its KV rows lie, and where its states go.
+// What both CPU paths need of a work item: what its rows are, and where its KV rows lie.
 #ifndef TVM_FLASHINFER_CPU_TILE_H_
 #define TVM_FLASHINFER_CPU_TILE_H_
 
@@ -35,6 +35,14 @@ class KVRows {
     }
   }
 
+  /*! \brief Fill slots[0, count) with the places of those tokens: page * page_size + offset. */
+  void Slots(int32_t begin, int32_t count, int32_t* slots) const {
+    for (int32_t i = 0; i < count; ++i) {
+      const int32_t page = (begin + i) / page_size_;
+      slots[i] = pages_[page] * page_size_ + (begin + i) % page_size_;
+    }
+  }
+
  private:
   const T* base_;
   KVStrides strides_;
@@ -64,34 +72,6 @@ inline void QueryRange(const AttentionParams& p, const WorkItem& item, TileRange
     range->q_hi = std::max(range->q_hi, p.plan.q_position[t]);
   }
 }
-
-/*! \brief Where the state of one packed row goes: a partial row, or the run's own output. */
-template <typename TO, int kDimVO>
-struct StateWriter {
-  StateWriter(const AttentionParams& params, const WorkItem& work)
-      : p(params), item(work), rows(params, work) {}
-
-  /*! \param value Callable d -> normalised output. */
-  template <typename Value>
-  void Write(int32_t row, float lse, const Value& value) const {
-    const int32_t token = rows.Token(row);
-    const int32_t head = rows.Head(row);
-    if (item.partial >= 0) {
-      const int64_t at = int64_t{item.partial + token - item.q_begin} * p.num_qo_heads + head;
-      float* o = p.o_partial + at * kDimVO;
-      for (int d = 0; d < kDimVO; ++d) o[d] = value(d);
-      p.lse_partial[at] = lse;
-      return;
-    }
-    TO* o = static_cast<TO*>(p.o) + token * p.o_token_stride + head * p.o_head_stride;
-    for (int d = 0; d < kDimVO; ++d) o[d] = FromFloat<TO>(value(d));
-    if (p.lse != nullptr) p.lse[int64_t{token} * p.num_qo_heads + head] = lse;
-  }
-
-  const AttentionParams& p;
-  const WorkItem& item;
-  PackedRows rows;
-};
 
 }  // namespace cpu
 }  // namespace tvm_flashinfer

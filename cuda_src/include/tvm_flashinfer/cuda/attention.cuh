@@ -241,6 +241,10 @@ template <typename C, typename Variant>
 __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     AttentionKernel(const __grid_constant__ AttentionParams p,
                     const __grid_constant__ typename Variant::Params variant) {
+  static_assert(!Variant::kHasQuery && !Variant::kHasKey && !Variant::kHasValue &&
+                    !Variant::kHasOutput && !Variant::kHasSink && Variant::kSoftmax,
+                "the CUDA kernels take variants of a logits transform and a mask: query, key, "
+                "value and output transforms, sinks and softmax=False run on the CPU only");
   TVM_FLASHINFER_DYNAMIC_SHARED(smem);
   const Pipeline<C> pipeline(smem);
   if (threadIdx.x == 0) pipeline.Init();

@@ -13,7 +13,7 @@
 namespace tvm_flashinfer {
 
 //! Never that of a CPU table.
-inline constexpr int32_t kCudaKernelAbi = 0x1001;
+inline constexpr int32_t kCudaKernelAbi = 0x1002;
 
 /*!
  * \brief The new tokens of a layer: queries and keys are rotated, keys and values stored.

@@ -53,12 +53,11 @@ class __attribute__((visibility("hidden"))) KernelTable {
     table.head_dim_qk = kHeadDimQK;
     table.head_dim_vo = kHeadDimVO;
     table.causal = causal ? 1 : 0;
+    table.softmax = 1;
     table.row_tiles[0] = tiles[0];
     table.row_tiles[1] = tiles[num_tiles - 1];
     table.kv_align = 16;
-    table.out_of_bounds_param = [](const VariantArgs*, const ElementIndex<Interval>*) {
-      return int32_t{-1};
-    };
+    table.out_of_bounds_param = [](const VariantArgs*, const VisitedRange*) { return int32_t{-1}; };
     table.device_type = kDeviceType;
     table.num_tiles = num_tiles;
     for (int32_t i = 0; i < num_tiles; ++i) table.tiles[i] = tiles[i];

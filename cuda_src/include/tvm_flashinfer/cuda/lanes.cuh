@@ -4,6 +4,7 @@
 #ifndef TVM_FLASHINFER_CUDA_LANES_CUH_
 #define TVM_FLASHINFER_CUDA_LANES_CUH_
 
+#include "../scalar_lanes.h"
 #include "../variant.h"
 #include "platform.cuh"
 #include "ptx.cuh"
@@ -11,10 +12,8 @@
 namespace tvm_flashinfer {
 namespace cuda {
 
-struct ThreadLanes {
-  using Float = float;
-  using Int = int32_t;
-  using Mask = bool;
+struct ThreadLanes : ScalarLanes {
+  using Uniform = ThreadLanes;
 
   /*! tanh through one exponential; exact at both ends, within 1e-6 between. */
   __device__ __forceinline__ static float Tanh(float x) {
