@@ -139,7 +139,14 @@ tvm::ffi::Array<Tensor> KVCacheObj::MergeAttnOutputInplace(Tensor o_self_attn, T
   static const tvm::ffi::Function merge =
       tvm::ffi::Function::GetGlobalRequired("tvm_flashinfer.merge_states");
   merge(o_self_attn, lse_self_attn, o_cross_attn, lse_cross_attn, o_self_attn, lse_self_attn);
-  return {o_self_attn, lse_self_attn};
+  // Relax doesn't know that the results are the arguments: it may plan the memory of those anew
+  // while the results are still to be read. So they are copies.
+  const auto copy = [&](const Tensor& t) {
+    Tensor result = Tensor::Empty(t.Shape(), t->dtype, t->device);
+    t.CopyTo(result);
+    return result;
+  };
+  return {copy(o_self_attn), copy(lse_self_attn)};
 }
 
 void KVCacheObj::Append(int32_t layer, TokenHeads* q, TokenHeads k, TokenHeads v) {

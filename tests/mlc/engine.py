@@ -20,6 +20,17 @@ def shape(*values: int) -> Any:
     return tvm_ffi.Shape(values)
 
 
+def _absorb(weights: dict[str, Array]) -> None:
+    """DeepSeek-V2: the matrices of a decoding step are parts of the one that expands a prompt's."""
+    for name in [name for name in weights if name.endswith(".kv_b_proj.weight")]:
+        stem = name.removesuffix("kv_b_proj.weight")
+        keys, values = weights[f"{stem}w_uk"], weights[f"{stem}w_uv"]  # [heads, latent, key] ...
+        both = weights[name].reshape(keys.shape[0], -1, keys.shape[1])
+        weights[f"{stem}w_uk"] = both[:, : keys.shape[2]].transpose(0, 2, 1).copy()
+        weights[f"{stem}w_uv"] = both[:, keys.shape[2] :].copy()
+        assert weights[f"{stem}w_uv"].shape == values.shape
+
+
 class Engine:
     """One model and its cache.
 
@@ -30,8 +41,10 @@ class Engine:
         module = tvm.runtime.load_module(str(library))
         self.vm = relax.VirtualMachine(module, tvm.cpu())
         self.metadata = json.loads(self.vm["_metadata"]())
-        self.params = [self._weight(p) for p in self.metadata["params"]]
-        self.window = self.metadata["sliding_window_size"]
+        weights = {p["name"]: self._weight(p) for p in self.metadata["params"]}
+        _absorb(weights)
+        self.params = [tvm.runtime.tensor(weight) for weight in weights.values()]
+        self.window = bounds.pop("window", self.metadata["sliding_window_size"]) or -1
         sizes = {"batch": 8, "total": 1024, "chunk": 64, "page": 16} | bounds
         # The engine's choice of the name, cpp/serve/function_table.cc.
         names = ["create_flashinfer_paged_kv_cache", "create_tir_paged_kv_cache"]
@@ -41,7 +54,7 @@ class Engine:
         self.cache = create(*(shape(size) for size in (*sizes.values(), int(self.window != -1))))
 
     @staticmethod
-    def _weight(param: dict[str, Any]) -> Any:
+    def _weight(param: dict[str, Any]) -> Array:
         from models import VOCABULARY
 
         rng = np.random.default_rng(zlib.crc32(param["name"].encode()))
@@ -50,11 +63,13 @@ class Engine:
         ]
         if param["dtype"].startswith("uint"):
             data = rng.integers(0, 2**32, extents, dtype=np.uint32)
+        elif param["name"].endswith("q_scale"):
+            data = rng.uniform(0.01, 0.04, extents)
         elif len(extents) == 1:
             data = 1 + 0.1 * rng.standard_normal(extents)
         else:
             data = rng.standard_normal(extents) * extents[-1] ** -0.5
-        return tvm.runtime.tensor(data.astype(param["dtype"]))
+        return data.astype(param["dtype"])
 
     # -- the cache, by the names that the engine looks up
 

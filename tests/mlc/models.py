@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,57 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 512,
         "weight_block_size": None,
     },
+    "mistral": {"sliding_window": 48, "context_window_size": -1, "attention_sink_size": 4},
+    "gemma3": {
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 24,
+        "num_hidden_layers": 6,  # of which the last has no window
+        "hidden_activation": "gelu_pytorch_tanh",
+        "is_text_model": True,
+        "rms_norm_eps": 1e-6,
+    },
+    "deepseek_v2": {
+        "moe_intermediate_size": 32,
+        "num_key_value_heads": 4,
+        "n_shared_experts": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "first_k_dense_replace": 2,  # mlc_llm has its experts for GPUs only
+        "moe_layer_freq": 1,
+        "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax",
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "attention_bias": False,
+        "kv_lora_rank": 32,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 24,
+        "v_head_dim": 16,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "inv_theta_log_scale": 1 / (2 * math.log(10000.0)),
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+    },
+    "qwen3_moe": {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 512,
+        "moe_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+    },
 }
 
 
@@ -44,15 +96,24 @@ def config(family: str) -> dict[str, Any]:
 
 
 @contextmanager
-def tvm_cache(window: int | None = None) -> Iterator[None]:
-    """mlc_llm's own pass, TVM's cache; with `window` for its mha_sliding layers."""
+def tvm_cache() -> Iterator[None]:
+    """mlc_llm's own pass, TVM's cache.
+
+    On a CPU that one fails in layers with a window of their own: they get none here, which is the
+    same for sequences up to the window.
+    """
     from mlc_llm.compiler_pass import dispatch_kv_cache_creation, pipeline
     from tvm.relax.frontend.nn.llm import kv_cache
 
     ours, theirs = pipeline.DispatchKVCacheCreation, kv_cache.TIRPagedKVCache
+
+    def without_windows(**arguments: Any) -> Any:
+        if isinstance(arguments["attn_kind"], list):
+            arguments["attn_kind"] = "mha"
+        return theirs(**arguments)
+
     pipeline.DispatchKVCacheCreation = dispatch_kv_cache_creation.DispatchKVCacheCreation
-    if window is not None:
-        kv_cache.TIRPagedKVCache = functools.partial(theirs, layer_sliding_window_size=window)
+    kv_cache.TIRPagedKVCache = without_windows
     try:
         yield
     finally:
@@ -72,6 +133,6 @@ def compile_model(family: str, quantization: str = "q0f32", cache: str = "ours")
     if cache == "ours":
         mlc_compile.main(arguments)
     else:
-        with tvm_cache(config(family).get("sliding_window")):
+        with tvm_cache():
             mlc_compile.main(arguments)
     return library

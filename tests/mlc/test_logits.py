@@ -81,9 +81,24 @@ SCRIPTS = [
 ]
 
 
+def windows_slide(engine: Engine, draw: Callable[[int], list[int]]) -> Iterator[Array]:
+    engine.add(0)
+    engine.add(1)
+    yield engine.prefill({0: draw(40), 1: draw(7)})
+    yield engine.prefill({0: draw(30)})
+    for _ in range(12):
+        yield engine.decode({0: draw(1)[0], 1: draw(1)[0]})
+    yield engine.prefill({1: draw(50), 0: draw(3)})
+    for _ in range(20):
+        yield engine.decode({1: draw(1)[0], 0: draw(1)[0]})
+    engine.remove(0)
+    yield engine.decode({1: draw(1)[0]})
+
+
 def logits(library: Any, script: Script) -> list[Array]:
     rng = np.random.default_rng(0)
-    return list(script(Engine(library), lambda n: rng.integers(0, VOCABULARY, n).tolist()))
+    engine = library if isinstance(library, Engine) else Engine(library)
+    return list(script(engine, lambda n: rng.integers(0, VOCABULARY, n).tolist()))
 
 
 def compare(ours: list[Array], theirs: list[Array]) -> None:
@@ -140,3 +155,89 @@ def test_trees_give_each_node_the_logits_of_its_path(family: str) -> None:
             theirs.prefill({seq_id: kept})
             at += len(tree)
     compare([ours.decode({0: 5, 1: 6})], [theirs.decode({0: 5, 1: 6})])
+
+
+def test_windows_slide_alike_over_either_cache() -> None:
+    """Mistral: sequences slide, with a sink."""
+    ours = logits(compile_model("mistral"), windows_slide)
+    compare(ours, logits(compile_model("mistral", cache="tvm"), windows_slide))
+
+
+def shorter_than_windows(engine: Engine, draw: Callable[[int], list[int]]) -> Iterator[Array]:
+    engine.add(0)
+    engine.add(1)
+    yield engine.prefill({0: draw(12), 1: draw(20)})
+    yield engine.prefill({0: draw(6)})
+    for _ in range(4):
+        yield engine.decode({0: draw(1)[0], 1: draw(1)[0]})
+
+
+def test_layers_with_windows() -> None:
+    """Gemma 3: up to the window as TVM's cache without windows; beyond it, in whatever steps."""
+    library = compile_model("gemma3")
+    ours = logits(library, shorter_than_windows)
+    plain = Engine(compile_model("gemma3", cache="tvm"), window=0)
+    compare(ours, logits(plain, shorter_than_windows))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, VOCABULARY, 60).tolist()
+    found = []
+    for steps in ((60,), (31, 29), (23, 1, 30, 1, 5), (1,) * 60):
+        engine = Engine(library)
+        engine.add(0)
+        at = 0
+        for step in steps:
+            last = engine.prefill({0: tokens[at : at + step]})
+            at += step
+        found.append(last)
+    compare(found, found[:1] * len(found))
+    plain.add(9)
+    assert np.abs(plain.prefill({9: tokens}) - found[0]).max() > 10 * TOLERANCE
+
+
+def test_latent_attention_expanded_and_absorbed_agree() -> None:
+    """DeepSeek-V2. TVM's cache has no latent attention on a CPU, but the model has two forms of it:
+    a prompt's keys and values are expanded, a decoding step's query is absorbed instead."""
+    library = compile_model("deepseek_v2")
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, VOCABULARY, 45).tolist()
+    whole, chunks, steps = Engine(library), Engine(library), Engine(library)
+    for engine in (whole, chunks, steps):
+        engine.add(0)
+    chunks.prefill({0: tokens[:17]})
+    steps.prefill({0: tokens[:1]})
+    for length in range(2, 46):
+        last = steps.decode({0: tokens[length - 1]})
+        if length in (2, 17, 33, 45):
+            whole.add(length)
+            compare([last], [whole.prefill({length: tokens[:length]})])
+    compare([chunks.prefill({0: tokens[17:45]}, extend=True)], [last])
+    # Forks, rollback and a batch, against whole prompts.
+    steps.fork(0, 1, 20)
+    steps.fork(0, 2)
+    steps.pop(2, 5)
+    found = steps.prefill({1: tokens[:6], 2: tokens[7:9], 0: tokens[:1]}, extend=True)
+    prompts = {
+        1: tokens[:20] + tokens[:6],
+        2: tokens[:40] + tokens[7:9],
+        0: tokens + tokens[:1],
+    }
+    for row, (seq_id, prompt) in zip(found, prompts.items(), strict=True):
+        whole.add(100 + seq_id)
+        compare([row[None]], [whole.prefill({100 + seq_id: prompt})])
+    for seq_id, token in ((0, 3), (1, 4), (2, 5)):
+        # One by one: the model's batch_decode rotates every sequence as the first one.
+        whole.add(200 + seq_id)
+        expected = whole.prefill({200 + seq_id: [*prompts[seq_id], token]})
+        compare([steps.decode({seq_id: token})], [expected])
+
+
+@pytest.mark.parametrize(
+    "quantization", ["q4f16_1", pytest.param("q0f16", marks=pytest.mark.heavy)]
+)
+def test_quantised_models_run(quantization: str) -> None:
+    """float16 activations: the caches round alike, but not the same way."""
+    ours = logits(compile_model("llama", quantization), continuous_batch)
+    assert all(np.isfinite(step).all() for step in ours)
+    theirs = logits(compile_model("llama", quantization, "tvm"), continuous_batch)
+    for mine, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, other, atol=2e-2)

@@ -165,6 +165,25 @@ def _stmt_functor() -> None:
     tirx.stmt_functor = module
 
 
+def _scalars_before_outputs() -> None:
+    from tvm import tirx
+    from tvm.relax.frontend.nn import op
+
+    theirs = op.tensor_ir_op
+
+    def tensor_ir_op(func: Any, name_hint: str, args: Any, out: Any) -> Any:
+        params = list(func.params)
+        scalars = [param for param in params if not tirx.is_buffer_var(param)]
+        if scalars and params[-len(scalars) :] == scalars:
+            outputs = 1 if not isinstance(out, tuple | list) else len(out)
+            inputs = len(params) - len(scalars) - outputs
+            order = params[:inputs] + scalars + params[inputs : inputs + outputs]
+            func = tirx.PrimFunc(order, func.body, func.ret_type, func.attrs)
+        return theirs(func, name_hint, args, out)
+
+    op.tensor_ir_op = tensor_ir_op
+
+
 # -- mlc_llm's own library
 
 
@@ -232,6 +251,12 @@ BRIDGES = (
         "tvm-ffi 0.1.15 has structural_map and structural_walk",
         lambda: _lacks("tvm.tirx", "stmt_functor"),
         _stmt_functor,
+    ),
+    Bridge(
+        "nn.op.tensor_ir_op",
+        "in TVM 0.27 scalar parameters of a PrimFunc come before its outputs",
+        lambda: _lacks("tvm.relax", "PrimValue"),
+        _scalars_before_outputs,
     ),
     Bridge(
         "libmlc_llm_module.so",
