@@ -1,13 +1,15 @@
 """The block-sparse layout: which keys each query of a batch attends to.
 
 Rows are tiles of queries, columns are pages of ``page_size`` tokens in one KV pool. Dense, ragged,
-paged, shared-prefix and block-masked attention are constructors of this one type::
+paged, shared-prefix, tree and block-masked attention are constructors of this one type::
 
     BlockSparseLayout.dense(batch, num_queries, num_keys)           # k: [batch, keys, heads, dim]
     BlockSparseLayout.ragged(qo_indptr, kv_indptr)                  # k: [tokens, heads, dim]
     BlockSparseLayout.paged(qo_indptr, kv_indptr, kv_indices, last_block_len, page_size)
     BlockSparseLayout.shared_prefix(qo_indptr, [prefix, suffix], page_size)
+    BlockSparseLayout.token_tree(qo_indptr, kv_indptr, kv_indices, parents)
     BlockSparseLayout.block_mask(mask, block_rows, block_cols)
+    BlockSparseLayout.variable_blocks(mask, row_sizes, col_sizes)
 
 A layout is checked when it is made: an error names the argument and the index at fault. It holds
 NumPy int32 arrays only, and knows nothing of tensors or devices.
@@ -269,6 +271,138 @@ class BlockSparseLayout:
             has_positions=False,
         )
 
+    @classmethod
+    def token_tree(
+        cls, qo_indptr: ArrayLike, kv_indptr: ArrayLike, kv_indices: ArrayLike, parents: ArrayLike
+    ) -> BlockSparseLayout:
+        """Queries that are nodes of a tree per request (speculative decoding).
+
+        A node sees the keys before the tree, its ancestors and itself: two levels, with a row per
+        request and a row per node, over a pool of one-token pages. Nodes stand at the position of
+        the keys before the tree plus their depth, so a causal kernel sees no more and no less.
+
+        Parameters
+        ----------
+        qo_indptr, kv_indptr : int [requests + 1]
+            Nodes and keys of the requests.
+        kv_indices : int [kv_indptr[-1]]
+            Places of the keys; the last ones of a request are its nodes', in their order.
+        parents : int [qo_indptr[-1]]
+            A node's parent, counted from its request's first node and before the node; -1 for a
+            root, of which there may be several.
+        """
+        qo_indptr = _indptr("qo_indptr", qo_indptr)
+        kv_indptr = _indptr("kv_indptr", kv_indptr)
+        requests, nodes = len(qo_indptr) - 1, int(qo_indptr[-1])
+        if len(kv_indptr) != requests + 1:
+            raise ValueError(f"kv_indptr has {len(kv_indptr)} entries, expected {requests + 1}")
+        kv_indices = _vector("kv_indices", kv_indices, int(kv_indptr[-1]))
+        _check_range("kv_indices", kv_indices, 0, np.iinfo(np.int32).max)
+        parents = _vector("parents", parents, nodes)
+        counts, lengths = np.diff(qo_indptr), np.diff(kv_indptr)
+        short = np.flatnonzero(lengths < counts)
+        if len(short):
+            raise ValueError(
+                f"kv_indptr gives request {short[0]} {lengths[short[0]]} keys, fewer than its "
+                f"{counts[short[0]]} nodes"
+            )
+        request = np.repeat(np.arange(requests), counts)
+        place = np.arange(nodes) - qo_indptr[request]  # of a node in its tree
+        wrong = np.flatnonzero((parents < -1) | (parents >= place))
+        if len(wrong):
+            at = wrong[0]
+            raise ValueError(
+                f"parents[{at}] is {parents[at]}, expected -1 or an earlier node of request "
+                f"{request[at]}: a value below {place[at]}"
+            )
+        context = lengths - counts
+        own = (kv_indptr[:-1] + context)[request] + place  # where kv_indices has a node's key
+        paths: list[list[int]] = []
+        for node in range(nodes):
+            parent = parents[node]
+            first = node - place[node]
+            paths.append(
+                [*(paths[first + parent] if parent >= 0 else []), int(kv_indices[own[node]])]
+            )
+        depth = np.array([len(path) for path in paths], np.int64)
+        keys = np.arange(kv_indptr[-1])
+        owner = np.repeat(np.arange(requests), lengths)
+        before = kv_indices[keys - kv_indptr[owner] < context[owner]]
+        deepest = np.zeros(requests, np.int64)
+        np.maximum.at(deepest, request, depth)
+        levels = (
+            LayoutLevel(
+                _int32(qo_indptr),
+                _int32(np.concatenate([[0], np.cumsum(context)])),
+                _int32(before),
+                _int32(np.minimum(context, 1)),
+                np.zeros(requests, np.int32),
+            ),
+            LayoutLevel(
+                np.arange(nodes + 1, dtype=np.int32),
+                _int32(np.concatenate([[0], np.cumsum(depth)])),
+                _int32(np.array([slot for path in paths for slot in path], np.int64)),
+                np.ones(nodes, np.int32),
+                _int32(context[request]),
+            ),
+        )
+        position = _int32(context[request] + depth - 1)
+        return cls(1, _int32(qo_indptr), _int32(context + deepest), levels, q_position=position)
+
+    @classmethod
+    def variable_blocks(
+        cls, mask: ArrayLike, row_sizes: ArrayLike, col_sizes: ArrayLike
+    ) -> BlockSparseLayout:
+        """An explicit mask of blocks whose sizes vary by row and by column, and by KV head.
+
+        Parameters
+        ----------
+        mask : bool [row blocks, column blocks], or [KV heads, row blocks, column blocks]
+            Whether the queries of a row block see the keys of a column block. With KV heads, each
+            is a request of its own: ``q`` is ``[KV heads * queries, group, dim]`` and ``k``
+            ``[KV heads * keys, 1, dim]``, head-major.
+        row_sizes, col_sizes : int [blocks], or [KV heads, blocks]
+            Queries and keys of the blocks; 0 is allowed. Every head has as many of each.
+        """
+        mask = np.asarray(mask)
+        if mask.ndim not in (2, 3) or mask.dtype != np.bool_:
+            raise ValueError(
+                f"mask has shape {list(mask.shape)} and dtype {mask.dtype}, expected booleans "
+                "(row blocks, column blocks), or with KV heads before them"
+            )
+        masks = mask if mask.ndim == 3 else mask[None]
+        heads, row_blocks, col_blocks = masks.shape
+        rows = _block_sizes("row_sizes", row_sizes, mask.ndim == 3, (heads, row_blocks))
+        cols = _block_sizes("col_sizes", col_sizes, mask.ndim == 3, (heads, col_blocks))
+        queries, keys = (int(sizes.sum(1)[0]) if heads else 0 for sizes in (rows, cols))
+        first = np.arange(heads)[:, None] * keys + np.cumsum(cols, 1) - cols
+        seen = [
+            [
+                np.concatenate(
+                    [np.arange(first[h, j], first[h, j] + cols[h, j]) for j in np.flatnonzero(row)]
+                    or [np.zeros(0, np.int64)]
+                )
+                for row in masks[h]
+            ]
+            for h in range(heads)
+        ]
+        flat = [tokens for head in seen for tokens in head]
+        counts = np.array([len(tokens) for tokens in flat], np.int64)
+        level = LayoutLevel(
+            _int32(np.concatenate([[0], np.cumsum(rows.reshape(-1))])),
+            _int32(np.concatenate([[0], np.cumsum(counts)])),
+            _int32(np.concatenate([*flat, np.zeros(0, np.int64)])),
+            _int32(np.minimum(counts, 1)),
+            np.zeros(len(flat), np.int32),
+        )
+        return cls(
+            1,
+            _int32(np.arange(heads + 1) * queries),
+            _int32(np.full(heads, keys)),
+            (level,),
+            has_positions=False,
+        )
+
     def at_positions(self, q_position: ArrayLike) -> BlockSparseLayout:
         """The same layout with queries at given positions among their request's keys.
 
@@ -434,6 +568,35 @@ def _pages(
         accepted = f"a value in [1, {page_size}], the page size" if pages[row] else "0: no pages"
         raise ValueError(f"{name('last_block_len')}[{row}] is {last[row]}, expected {accepted}")
     return kv_indptr, kv_indices, last
+
+
+def _block_sizes(
+    name: str, values: ArrayLike, by_head: bool, shape: tuple[int, int]
+) -> NDArray[np.int64]:
+    """Sizes of blocks by head, [heads, blocks]; each head's sum is the same."""
+    sizes = np.asarray(values)
+    accepted = [shape[1:], shape] if by_head else [shape[1:]]
+    if sizes.shape not in accepted or (sizes.size and sizes.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{name} has shape {list(sizes.shape)} and dtype {sizes.dtype}, expected integers of "
+            f"shape {' or '.join(str(list(s)) for s in accepted)}"
+        )
+    wrong = np.argwhere((sizes < 0) | (sizes > MAX_POSITION))
+    if len(wrong):
+        at = ", ".join(map(str, wrong[0]))
+        raise ValueError(f"{name}[{at}] is {sizes[tuple(wrong[0])]}, expected a value in [0, 2^30]")
+    sizes = np.broadcast_to(sizes, shape).astype(np.int64)
+    uneven = np.flatnonzero(sizes.sum(1) != sizes.sum(1)[:1])
+    if len(uneven):
+        head = uneven[0]
+        raise ValueError(
+            f"{name}[{head}] sums to {sizes[head].sum()}, {name}[0] to {sizes[0].sum()}: every "
+            "head has as many"
+        )
+    total = int(sizes.sum())
+    if total > MAX_POSITION:
+        raise ValueError(f"{name} sums to {total}, at most 2^30 are accepted")
+    return sizes
 
 
 def _covered(name: str, count: int | None, blocks: int, block_name: str, block: int) -> int:
