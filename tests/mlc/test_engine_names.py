@@ -1,0 +1,76 @@
+"""Every name that MLC's engine looks up: what it takes from TVM's runtime and from a model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import tvm
+from models import compile_model
+from tvm import relax
+
+#: Functions of a model that belong to what not every model is.
+OTHER_MODELS = {
+    "cuda_graph_alloc_init",  # CUDA
+    "create_rnn_state",  # RWKV
+    "embedding_prefill",  # encoders
+    "extend",  # latent attention
+    "batch_extend",
+    "image_embed",
+    "batch_get_logits",  # EAGLE and Medusa
+    "fuse_embed_hidden_states",
+    "gather_hidden_states",
+    "scatter_hidden_states",
+}
+
+
+@pytest.fixture(scope="module")
+def sources() -> str:
+    """The engine's C++ sources, which lie beside the Python ones in a checkout."""
+    from tvm_flashinfer.mlc import mlc_llm_folder
+
+    folder = mlc_llm_folder().parent.parent / "cpp"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there: mlc_llm is not a checkout")
+    files: list[Path] = [*folder.rglob("*.cc"), *folder.rglob("*.h")]
+    return "\n".join(path.read_text(encoding="utf-8") for path in files)
+
+
+def test_the_engines_packed_functions_exist(sources: str) -> None:
+    names = set(re.findall(r'"(vm\.builtin\.[\w.]+)"', sources))
+    assert "vm.builtin.kv_state_begin_forward" in names
+    missing = {name for name in names if tvm.get_global_func(name, allow_missing=True) is None}
+    # A feature of TVM's CUDA runtime, which the engine uses on that device only.
+    assert not {name for name in missing if "cuda" not in name}
+
+
+def test_the_cache_has_a_method_for_each_call_of_the_engine(sources: str) -> None:
+    """A new one must be added here, and to the tests that drive it."""
+    calls = set(
+        re.findall(r'"vm\.builtin\.((?:kv_state|kv_cache|attention_kv_cache)_\w+)"', sources)
+    )
+    assert calls == {
+        "attention_kv_cache_commit_accepted_token_tree_nodes",
+        "attention_kv_cache_enable_sliding_window_for_seq",
+        "attention_kv_cache_get_num_available_pages",
+        "attention_kv_cache_get_total_sequence_length",
+        "kv_cache_disagg_mark_send",
+        "kv_cache_disagg_prepare_recv",
+        "kv_state_add_sequence",
+        "kv_state_begin_forward",
+        "kv_state_clear",
+        "kv_state_end_forward",
+        "kv_state_fork_sequence",
+        "kv_state_popn",
+        "kv_state_remove_sequence",
+    }
+
+
+def test_a_model_has_the_functions_that_the_engine_asks_for(sources: str) -> None:
+    names = set(re.findall(r'mod_get_func\("(\w+)"\)', sources))
+    assert {"create_tir_paged_kv_cache", "create_flashinfer_paged_kv_cache"} <= names
+    module = tvm.runtime.load_module(str(compile_model("llama")))
+    vm = relax.VirtualMachine(module, tvm.cpu())
+    absent = {name for name in names if not vm.module.implements_function(name)}
+    assert absent <= OTHER_MODELS
