@@ -109,7 +109,7 @@ def test_suite_attention_on_small_batches(tmp_path: Path) -> None:
     """Every contender of every kind of case runs, and computes the same."""
     pytest.importorskip("torch")
     from tvm_flashinfer.bench.attention import Batch, Case, run
-    from tvm_flashinfer.variant import soft_cap_window
+    from tvm_flashinfer.variants import soft_cap_window
 
     params = (("window_left", 16), ("cap", 50.0))
     cases = (

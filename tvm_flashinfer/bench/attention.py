@@ -19,7 +19,8 @@ import numpy as np
 
 from ..attention import BatchAttention
 from ..layout import BlockSparseLayout, PrefixLevel
-from ..variant import Variant, soft_cap_window
+from ..variant import Variant
+from ..variants import soft_cap_window
 from .report import Row
 from .suites import Context
 from .timing import Call, measure
