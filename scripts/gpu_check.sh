@@ -5,13 +5,14 @@
 # scripts/gpu_bundle.sh made, in at most ten minutes, and prints one table last. A part that fails or
 # takes too long does not stop the others; the exit status is the number of failed parts.
 #
-#   scripts/gpu_check.sh [FOLDER] [PART...]     parts: tests sm80 models sanitizer attention model
+#   scripts/gpu_check.sh [FOLDER] [PART...]     parts: models tests sm80
+#                                                       sanitizer racecheck model attention
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder="$(realpath "${1:-build/gpu_bundle}")"
 shift || true
 parts=("$@")
-((${#parts[@]})) || parts=(models tests sm80 sanitizer model attention)
+((${#parts[@]})) || parts=(models tests sm80 sanitizer racecheck model attention)
 python="${PYTHON:-python3}"
 log="${OUT:-$folder/log}"
 mkdir -p "$log"
@@ -40,7 +41,7 @@ part() { # NAME SECONDS COMMAND...
   [[ " ${parts[*]} " == *" $name "* ]] || return 0
   timeout "$limit" "$@" >"$log/$name.log" 2>&1 || status=$?
   local line
-  line="$(grep -aE '^(=+ )?.*(passed|failed|error).* in |ERROR SUMMARY' "$log/$name.log" | tail -1)"
+  line="$(grep -aE '^(=+ )?.*(passed|failed|error).* in |(ERROR|RACECHECK) SUMMARY' "$log/$name.log" | tail -1)"
   summary+=("$(printf '%-10s status %-3s %4d s  %s' "$name" "$status" $((SECONDS - begin)) "$line")")
   ((status == 0)) || { failed=$((failed + 1)); tail -n "${FAILED_LINES:-30}" "$log/$name.log"; }
 }
@@ -49,7 +50,9 @@ part models 150 "${pytest[@]}" tests/gpu/test_gpu_model.py
 part tests 120 "${pytest[@]}" tests/gpu/test_gpu_attention.py
 part sm80 120 env TVM_FLASHINFER_GPU_ARCH=80 "${pytest[@]}" tests/gpu/test_gpu_attention.py
 part sanitizer 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
-  "${pytest[@]}" tests/gpu/test_gpu_attention.py -k "shared_prefix or window"
+  "${pytest[@]}" tests/gpu -k "shared_prefix or window or forks or trees"
+part racecheck 90 compute-sanitizer --tool racecheck --error-exitcode 9 \
+  "${pytest[@]}" tests/gpu -k "window or forks"
 part model 150 "$python" tests/gpu/bench_model.py --json "$log/model.json" ${MODEL_OPTIONS:-}
 part attention 200 "$python" tests/gpu/bench_attention.py
 for name in model attention; do

@@ -157,6 +157,44 @@ def test_caches_share_no_graph(captured: Model, eager: Model) -> None:
     assert torch.equal(expected[1], expected[3])
 
 
+def test_forks_copy_the_page_they_share(captured: Model, reference: Any) -> None:
+    ids, logits = reference
+    restart(captured, range(1))
+    captured.step("prefill", [0], [40], tokens(ids[:1, :40]))
+    captured.state("fork_sequence", 0, 1, 37)  # inside a page
+    captured.state("fork_sequence", 0, 2, -1)
+    for position in range(40, 60):
+        behind = position - 3
+        column = tokens([[ids[0, position]], [ids[0, behind]], [ids[0, position]]])
+        out = captured.step("batch_decode", [0, 1, 2], [1, 1, 1], column)
+        close(out, np.stack([logits[0, position], logits[0, behind], logits[0, position]]))
+    captured.state("popn", 0, 15)
+    close(captured.step("decode", [0], [1], tokens(ids[:1, 45:46])), logits[0, 45])
+
+
+def test_token_trees(captured: Model, reference: Any) -> None:
+    """Two branches after a prompt; the accepted one goes on as if it had come alone."""
+    ids, logits = reference
+    restart(captured, range(1))
+    captured.step("prefill", [0], [33], tokens(ids[:1, :33]))
+    nodes = [ids[0, 33], ids[1, 0], ids[0, 34], ids[1, 1], ids[0, 35]]
+    parents = [-1, -1, 0, 1, 2]
+    shape = captured.ffi.Shape
+    captured.state("begin_forward", shape([0]), shape([5]), shape(parents))
+    inputs = [captured.ffi.from_dlpack(tokens(x)) for x in ([nodes], range(5))]
+    out = captured.vm["batch_prefill"](*inputs, captured.cache, captured.params)
+    captured.state("end_forward")
+    got = torch.from_dlpack(out).reshape(5, -1)[[0, 2, 4]]
+    close(got, logits[0, 33:36])
+    commit = captured.tvm.get_global_func(
+        "vm.builtin.attention_kv_cache_commit_accepted_token_tree_nodes"
+    )
+    commit(captured.cache, shape([0]), shape([4]))
+    for position in range(36, 44):
+        step = captured.step("decode", [0], [1], tokens(ids[:1, position : position + 1]))
+        close(step, logits[0, position])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows", [1, 3, 64, 200])
 @pytest.mark.parametrize("layout", ["nk", "kn"])

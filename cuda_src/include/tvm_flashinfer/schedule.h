@@ -294,6 +294,10 @@ class Scheduler {
     for (int32_t splits = 1;; splits *= 2) {
       const int64_t shares = int64_t{bounds_.num_workers} * std::min(splits, bounds_.max_splits);
       CutTiles(in, (total + shares - 1) / shares, 0);
+      if (in_order <= LeastWorst(1.02)) {
+        FillInOrder(in);
+        return;
+      }
       SortAndAssign();
       if (imbalance_ <= 1.02) return;
       if (in_order <= worst_) {
@@ -444,6 +448,24 @@ class Scheduler {
     std::sort(keys_.begin(), keys_.begin() + num_chunks_, [](const Key& a, const Key& b) {
       return a.cost != b.cost ? a.cost > b.cost : a.chunk < b.chunk;
     });
+  }
+
+  /*!
+   * A bound below the highest worker cost that SortAndAssign could reach, without sorting: some
+   * worker gets as many chunks as an even deal gives. 0 where that might be within `tolerance`.
+   */
+  int64_t LeastWorst(double tolerance) const {
+    int64_t least = INT64_MAX, sum = 0;
+    for (int64_t i = 0; i < num_chunks_; ++i) {
+      least = std::min(least, chunks_[i].cost);
+      sum += chunks_[i].cost;
+    }
+    if (num_chunks_ == 0) return 0;
+    const int64_t workers = bounds_.num_workers, heads = bounds_.num_kv_heads;
+    const int64_t worst = (num_chunks_ * heads + workers - 1) / workers * least;
+    return static_cast<double>(worst * workers) > tolerance * static_cast<double>(sum * heads)
+               ? worst
+               : 0;
   }
 
   void SortAndAssign() {
