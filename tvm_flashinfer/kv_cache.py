@@ -18,7 +18,7 @@ message says what was given and what is accepted, and leaves the cache as it was
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache as memoize
 from typing import Any
@@ -395,6 +395,29 @@ class KVCache:
         A page that is shared changes for every sequence that holds it.
         """
         _function("tvm_flashinfer.kv_cache_debug_set_kv")(self.handle, seq_id, begin, k, v)
+
+    # -- prefill and decode on different machines
+
+    def use_transfer(self, transfer: Callable[[int, Any, Any, Any, int], None]) -> None:
+        """Send by ``transfer(layer_id, pool, local_rows, remote_rows, receiver)``.
+
+        ``pool`` is the layer's ``[pages, 2, num_kv_heads, page_size, head_dim]``; rows are int32
+        and number its tokens, ``page * page_size + slot``, here and in the receiver's pool. It is
+        called in every layer of a step that stores tokens to send.
+        """
+        self._transfer = tvm_ffi.convert(transfer)
+        _function("tvm_flashinfer.kv_cache_use_transfer")(self.handle, self._transfer)
+
+    def prepare_receive(self, seq_id: int, length: int) -> Any:
+        """Make room for tokens that come from another cache; returns where, for its mark_send."""
+        return self._call("kv_cache_disagg_prepare_recv", seq_id, length)
+
+    def mark_send(self, seq_id: int, begin: int, remote: Any, receiver: int = 0) -> None:
+        """Send a sequence's tokens from ``begin`` on to where :meth:`prepare_receive` made room.
+
+        The tokens there are go out in the sequence's next step, later ones as they are stored.
+        """
+        self._call("kv_cache_disagg_mark_send", seq_id, begin, remote, receiver)
 
     # -- checkpoints
 

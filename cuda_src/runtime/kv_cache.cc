@@ -90,6 +90,7 @@ void KVCacheObj::CheckCommitted(int64_t seq_id, const Sequence& sequence, const 
 void KVCacheObj::Clear() {
   pages_.Clear();
   import_.reset();
+  sends_.clear();
   in_forward_ = false;
 }
 
@@ -101,6 +102,7 @@ void KVCacheObj::AddSequence(int64_t seq_id) {
 void KVCacheObj::RemoveSequence(int64_t seq_id) {
   CheckIdle("remove_sequence");
   pages_.Remove(seq_id);
+  sends_.erase(seq_id);
   if (import_.has_value() && import_->seq_id == seq_id) import_.reset();
 }
 
@@ -178,6 +180,7 @@ void KVCacheObj::BeginForward(const Shape& seq_ids, const Shape& append_lengths,
   runner_->Begin(layout_);
   if (sliding_ != nullptr) sliding_->Begin(layout_);
   past_planned_ = own_planned_ = false;
+  PlanSends(seq_ids);
   layer_states_.assign(config_.num_layers(), LayerState{});
   in_forward_ = true;
 }

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <unordered_map>
 #include <vector>
 
 #include "kernel_handle.h"
@@ -135,9 +136,26 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   void AppendMLAKV(int64_t layer_id, Tensor kv_data) final;
   void DebugGetKVMLA(int64_t seq_id, int64_t start_pos, int64_t end_pos, Tensor kv_data) final;
 
+  // Prefill and decode on different machines: kv_cache_transfer.cc.
+  /*!
+   * \brief Make room for `length` tokens that another cache will send.
+   * \return Where they go, as [n, begin_1, length_1, ..., begin_n, length_n]: runs of rows of the
+   * pool, numbered page * page_size + slot.
+   */
+  Shape DisaggPrepareRecv(int64_t seq_id, int length) final;
+  /*!
+   * \brief Send a sequence's tokens from `begin` on: those it has in the next step, those that it
+   * gains when they are stored.
+   * \param compressed_remote_position_map What the receiver's DisaggPrepareRecv gave.
+   */
+  void DisaggMarkSend(int64_t seq_id, int64_t begin, const Shape& compressed_remote_position_map,
+                      int32_t recver_pe_offset) final;
+  /*!
+   * \brief Send by `transfer(layer_id, pool, local rows, remote rows, receiver)`; rows are int32.
+   */
+  void UseTransfer(tvm::ffi::Function transfer) { transfer_ = std::move(transfer); }
+
   // Parts of TVM's contract that this cache doesn't serve: each throws and says so.
-  Shape DisaggPrepareRecv(int64_t, int) final;
-  void DisaggMarkSend(int64_t, int64_t, const Shape&, int32_t) final;
   void LinearAttention(int64_t, Tensor, Tensor, Tensor, double) final;
 
   static constexpr const bool _type_mutable = true;
@@ -157,6 +175,21 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
     bool stored = false;        //!< the step's keys and values are in the pool
     bool attended_own = false;  //!< by SelfAttention
   };
+
+  /*! Where a sequence's tokens from `begin` on go. */
+  struct Send {
+    int64_t begin;
+    std::vector<int32_t> remote;  //!< [token - begin]
+    int32_t receiver;
+    bool past = true;  //!< tokens from before the mark are still to be sent
+  };
+  /*! The part of it that the step in progress sends. */
+  struct StepSend {
+    std::vector<int32_t> local, remote;
+    int32_t receiver;
+  };
+  void PlanSends(const Shape& seq_ids);
+  void SendStored(int32_t layer);
 
   /*! A sequence that has pages already, and what it still waits for. */
   struct Import {
@@ -214,6 +247,9 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   Tensor rotated_q_, rotated_k_, split_v_;  //!< [max_q_tokens, heads, dim], of split_rotary_
 
   std::optional<Import> import_;
+  std::optional<tvm::ffi::Function> transfer_;
+  std::unordered_map<int64_t, Send> sends_;  //!< by sequence
+  std::vector<StepSend> step_sends_;
 
   // The step between begin_forward and end_forward.
   bool in_forward_ = false;

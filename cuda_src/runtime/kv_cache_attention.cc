@@ -152,6 +152,7 @@ tvm::ffi::Array<Tensor> KVCacheObj::MergeAttnOutputInplace(Tensor o_self_attn, T
 void KVCacheObj::Append(int32_t layer, TokenHeads* q, TokenHeads k, TokenHeads v) {
   layer_states_[layer].stored = true;
   runner_->Append({layers_[layer].k, layers_[layer].v, k_strides_, v_strides_}, q, k, v);
+  if (!step_sends_.empty()) SendStored(layer);
 }
 
 StepRunner* KVCacheObj::RunnerOf(int32_t layer) const {

@@ -168,6 +168,11 @@ AttentionKVCache WithSlidingLayers(AttentionKVCache cache, Shape layers, int64_t
   return cache;
 }
 
+AttentionKVCache UseTransfer(AttentionKVCache cache, Function transfer) {
+  Ours(cache)->UseTransfer(std::move(transfer));
+  return cache;
+}
+
 template <bool kHeadMajor>
 void KVCacheAttention(AttentionKVCache cache, int64_t layer_id, double sm_scale, Tensor q, Tensor k,
                       Tensor v, Tensor o) {
@@ -194,6 +199,7 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("tvm_flashinfer.kv_cache_create_split_rotary", CreateKVCacheSplitRotary)
       .def("tvm_flashinfer.kv_cache_create_mla", CreateKVCacheMLA)
       .def("tvm_flashinfer.kv_cache_with_sliding_layers", WithSlidingLayers)
+      .def("tvm_flashinfer.kv_cache_use_transfer", UseTransfer)
       .def("tvm_flashinfer.kv_cache_attention", KVCacheAttention<false>)
       .def("tvm_flashinfer.kv_cache_attention_bhsd", KVCacheAttention<true>)
       .def("tvm_flashinfer.kv_cache_query_positions", QueryPositions)

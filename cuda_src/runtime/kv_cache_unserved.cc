@@ -14,10 +14,6 @@ namespace {
 }
 }  // namespace
 
-Shape KVCacheObj::DisaggPrepareRecv(int64_t, int) { Unserved("disagg_prepare_recv"); }
-void KVCacheObj::DisaggMarkSend(int64_t, int64_t, const Shape&, int32_t) {
-  Unserved("disagg_mark_send");
-}
 void KVCacheObj::LinearAttention(int64_t, Tensor, Tensor, Tensor, double) {
   Unserved("linear_attention");
 }
