@@ -4,6 +4,7 @@
 #ifndef TVM_FLASHINFER_CPU_ATTENTION_H_
 #define TVM_FLASHINFER_CPU_ATTENTION_H_
 
+#include <algorithm>
 #include <type_traits>
 
 #include "../interval.h"
@@ -11,6 +12,7 @@
 #include "few_rows.h"
 #include "kernel.h"
 #include "many_rows.h"
+#include "many_rows_amx.h"
 #include "row_transform.h"
 #include "state_writer.h"
 
@@ -40,6 +42,11 @@ struct Attention {
   static constexpr int kMaxFewRows = 8;
   static constexpr int kPrefillRows = 128;
   using Many = ManyRows<TQ, TKV, kDimQK, kDimVO, Variant>;
+#ifdef TVM_FLASHINFER_AMX
+  //! Tiles multiply bfloat16: queries of that type lose nothing.
+  static constexpr bool kAmx = std::is_same_v<TQ, BFloat16>;
+  using Amx = ManyRowsAmx<TKV, kDimQK, kDimVO, Variant>;
+#endif
 
   static int32_t OutOfBoundsParam(const VariantArgs* args, const VisitedRange* at) {
     if constexpr (std::is_same_v<typename Variant::Params, VariantArgs>) {
@@ -50,8 +57,11 @@ struct Attention {
 
   static int64_t ScratchBytes(int32_t max_rows) {
     const int64_t few = FewRows<TQ, TKV, kDimQK, kDimVO, Variant, kMaxFewRows>::ScratchFloats();
-    const int64_t many = Many::ScratchFloats(max_rows);
-    return (few > many ? few : many) * static_cast<int64_t>(sizeof(float));
+    int64_t floats = std::max(few, Many::ScratchFloats(max_rows));
+#ifdef TVM_FLASHINFER_AMX
+    if constexpr (kAmx) floats = std::max(floats, Amx::ScratchFloats(max_rows));
+#endif
+    return floats * static_cast<int64_t>(sizeof(float));
   }
 
   static void RunItem(const AttentionParams* p, const WorkItem* item, void* scratch) {
@@ -175,6 +185,11 @@ struct Attention {
     } else if constexpr (kRows < kMaxFewRows) {
       RunRows<kRows + 1>(rows, p, item, scratch);
     } else {
+#ifdef TVM_FLASHINFER_AMX
+      if constexpr (kAmx) {
+        if (amx::Available()) return Amx::Run(p, item, scratch);
+      }
+#endif
       Many::Run(p, item, scratch);
     }
   }
