@@ -27,7 +27,7 @@ from tvm_flashinfer import _library
 from tvm_flashinfer._tensors import as_tensor, empty_like
 from tvm_flashinfer.jit import AttentionSpec, Progress, build_attention, load_kernel
 from tvm_flashinfer.layout import BlockSparseLayout
-from tvm_flashinfer.variant import Scalar, Variant
+from tvm_flashinfer.variant import Variant, params_of
 
 __all__ = ["BatchAttention", "attention", "merge_states"]
 
@@ -267,18 +267,7 @@ class BatchAttention:
 
     def set_params(self, params: Mapping[str, Any]) -> None:
         """Set the variant's parameters by name, as ``params`` of :meth:`run`."""
-        declared = {} if self.variant is None else self.variant.params
-        for name in params:
-            if name not in declared:
-                known = ", ".join(declared) or "none"
-                raise ValueError(f"argument `params` has {name!r}, the variant declares {known}")
-        values = []
-        for name, param in declared.items():
-            if name not in params:
-                raise ValueError(f"argument `params` lacks {name!r}")
-            value = params[name]
-            values.append(value if isinstance(param, Scalar) else as_tensor(name, value))
-        _packed("batch_attention_set_params")(self.handle, values)
+        _packed("batch_attention_set_params")(self.handle, params_of(self.variant, params))
 
     def append(
         self,

@@ -18,7 +18,7 @@ message says what was given and what is accepted, and leaves the cache as it was
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache as memoize
 from typing import Any
@@ -29,7 +29,7 @@ import tvm_ffi
 from . import _library, variants
 from .jit import AttentionSpec, Progress, build_attention, load_kernel
 from .rope import RopeConfig
-from .variant import Variant
+from .variant import Variant, params_of
 
 
 @memoize
@@ -74,6 +74,8 @@ class KVCache:
         sliding_window: bool = False,
         window_layers: Sequence[int] = (),
         layer_window: int = 0,
+        variant: Variant | None = None,
+        variant_params: Mapping[str, Any] | None = None,
         mcpu: str = "native",
         progress: Progress | None = None,
     ) -> KVCache:
@@ -94,7 +96,8 @@ class KVCache:
         page_size : int
             Tokens of a page, at least 1.
         dtype, kv_dtype : str
-            Of queries and outputs, and of the pool (the same unless given).
+            Of queries and outputs, and of the pool (the same unless given; also ``float8_e4m3fn``,
+            ``float8_e5m2`` and ``int8``, with scales by :func:`tvm_flashinfer.variants.quantized`).
         rope : RopeConfig, optional
             The cache rotates new queries and keys. Unless given, they come rotated.
         sliding_window : bool
@@ -102,6 +105,12 @@ class KVCache:
         window_layers, layer_window : sequence of int, int
             In these layers a query sees ``layer_window`` tokens, itself included; the others see
             whole sequences. Not together with ``sliding_window``.
+        variant : Variant, optional
+            What is computed per element in every layer, in place of plain causal attention; its
+            mask must be proven causal. Layers with a window have it besides.
+        variant_params : mapping
+            The variant's parameters by name: numbers, and tensors that cover every head, and every
+            position up to ``max_total_seq_len``, that it indexes.
         mcpu : str
             The CPU to compile the kernel for.
         progress : callable, optional
@@ -116,7 +125,9 @@ class KVCache:
         """
         dim_vo = head_dim if head_dim_vo is None else head_dim_vo
         pool_dtype = dtype if kv_dtype is None else kv_dtype
-        spec = AttentionSpec(dtype, pool_dtype, head_dim, dim_vo)
+        values = params_of(variant, variant_params or {}, "variant_params")
+        plain: str | Variant = "causal" if variant is None else variant
+        spec = AttentionSpec(dtype, pool_dtype, head_dim, dim_vo, plain)
         kernel = load_kernel(build_attention(spec, mcpu=mcpu, progress=progress))
         bounds = (max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, sliding_window)
         create = "tvm_flashinfer.kv_cache_create"
@@ -134,13 +145,16 @@ class KVCache:
             *rotation,
         )
         if window_layers:
-            windowed = AttentionSpec(dtype, pool_dtype, head_dim, dim_vo, variants.sliding_window)
+            window = variants.windowed(variant)
+            windowed = AttentionSpec(dtype, pool_dtype, head_dim, dim_vo, window)
             handle = _function("tvm_flashinfer.kv_cache_with_sliding_layers")(
                 handle,
                 tvm_ffi.Shape(window_layers),
                 layer_window,
                 load_kernel(build_attention(windowed, mcpu=mcpu, progress=progress)),
             )
+        if variant is not None:
+            handle = _function("tvm_flashinfer.kv_cache_with_variant")(handle, values)
         return cls(handle)
 
     @classmethod

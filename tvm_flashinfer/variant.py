@@ -35,6 +35,8 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
+from ._tensors import as_tensor
+
 #: Most parameters of one variant: ``VariantArgs::kMaxArgs`` in variant.h.
 MAX_PARAMS = 8
 #: Most axes of a tensor parameter: ``VariantArg::kMaxDims``.
@@ -402,6 +404,30 @@ class TracedVariant:
         analyzer.bind(gap, ir.Range.from_min_extent(1, 1 << 30))
         analyzer.bind(self.at.q_idx, ir.Range.from_min_extent(0, 1 << 30))
         return bool(analyzer.can_prove(tirx.Not(mask)))
+
+
+def params_of(
+    variant: Variant | None, params: Mapping[str, Any], argument: str = "params"
+) -> list[Any]:
+    """Parameters in the order that a variant declares them, tensors as tvm-ffi's.
+
+    Raises
+    ------
+    ValueError
+        If one is missing, or there is one that the variant doesn't declare.
+    """
+    declared = {} if variant is None else variant.params
+    for name in params:
+        if name not in declared:
+            known = ", ".join(declared) or "none"
+            raise ValueError(f"argument `{argument}` has {name!r}, the variant declares {known}")
+    for name in declared:
+        if name not in params:
+            raise ValueError(f"argument `{argument}` lacks {name!r}")
+    return [
+        params[name] if isinstance(param, Scalar) else as_tensor(name, params[name])
+        for name, param in declared.items()
+    ]
 
 
 def subexpressions(expr: Expr) -> Iterator[Expr]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,23 @@ soft_cap_window = Variant(
     logits=_soft_cap,
     mask=_sliding_window,
 )
+
+
+def windowed(base: Variant | None = None) -> Variant:
+    """``base`` (plain causal attention unless given), of which a query sees a window only.
+
+    Its first parameter is ``window_left``, the tokens that a query sees before itself.
+    """
+    if base is None:
+        return sliding_window
+
+    def mask(at: ElementAt, p: Any) -> Expr:
+        inside = _sliding_window(at, p)
+        return inside if base.mask is None else _all(inside, base.mask(at, p))
+
+    made = base.extended(f"{base.name}_windowed", mask=mask)
+    return replace(made, params={"window_left": Scalar("int32"), **made.params})
+
 
 #: ALiBi (Press et al., 2022), with a slope per query head.
 alibi = Variant(

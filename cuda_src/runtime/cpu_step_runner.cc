@@ -98,6 +98,8 @@ void CpuStepRunner::Append(const PoolView& pool, TokenHeads* q, TokenHeads k, To
     params.slots = layout_->slots().data();
     params.page_size = config_.page_size;
     params.num_heads = config_.num_kv_heads;
+    params.positions = layout_->positions().data();
+    params.variant_params = &variant_args_;
     params.values = values;
     executor_.Append(params, layout_->num_tokens());
   };

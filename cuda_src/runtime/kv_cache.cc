@@ -160,6 +160,7 @@ int32_t KVCacheObj::GetSequenceLength(int64_t seq_id) const { return pages_.Find
 
 void KVCacheObj::BeginForward(const Shape& seq_ids, const Shape& append_lengths,
                               const Optional<Shape>& token_tree_parent_ptr) {
+  if (kernel_->num_params > 0 && !has_variant_) variant_.Get(*kernel_);
   CheckIdle("begin_forward");
   ReadRequests(seq_ids, append_lengths);
   if (token_tree_parent_ptr.has_value()) {

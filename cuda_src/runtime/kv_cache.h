@@ -24,6 +24,7 @@
 #include "step_layout.h"
 #include "step_runner.h"
 #include "token_heads.h"
+#include "variant_args.h"
 
 namespace tvm_flashinfer {
 
@@ -53,10 +54,20 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   void UseSplitRotary(SplitRotary rotary);
 
   /*!
+   * \brief Parameters of the kernel's variant, the same in every layer; they are kept.
+   * \param values One per parameter that the variant declares, a number or a tensor.
+   *
+   * Tensors must cover every position and head that this cache may hold. Layers with a window take
+   * the same values after the window's.
+   */
+  void UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values);
+
+  /*!
    * \brief Give some layers a window.
    * \param layers The layers, numbered as those of the model.
    * \param window Tokens that a query sees, itself included.
-   * \param kernel As the cache's, of a variant whose one parameter is the tokens before a query.
+   * \param kernel As the cache's, of a variant whose first parameter is the tokens before a query;
+   * those of the cache's own variant follow.
    */
   void UseSlidingLayers(const Shape& layers, int32_t window, KernelHandle kernel);
 
@@ -262,7 +273,10 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   StepLayout layout_, past_layout_, own_layout_;
   bool past_planned_ = false, own_planned_ = false;
   std::unique_ptr<StepRunner> runner_;
-  std::unique_ptr<StepRunner> sliding_;     //!< of layers with a window, if there are any
+  std::unique_ptr<StepRunner> sliding_;  //!< of layers with a window, if there are any
+  BoundVariantArgs variant_, window_variant_;
+  bool has_variant_ = false;
+  std::optional<KernelHandle> sliding_kernel_;  //!< of `sliding_`
   std::unique_ptr<StepRunner> past_, own_;  //!< of attention in parts; made when it is asked for
   std::vector<bool> has_window_;            //!< [layer]
   Tensor twin_o_, twin_lse_;                //!< of steps that attend every query twice

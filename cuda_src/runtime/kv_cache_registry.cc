@@ -85,6 +85,9 @@ struct Creation {
     };
     check("head_dim_qk", std::to_string(kernel->head_dim_qk), std::to_string(config.head_dim_qk));
     check("head_dim_vo", std::to_string(kernel->head_dim_vo), std::to_string(config.head_dim_vo));
+    TVM_FLASHINFER_CHECK(kernel->kv_type != ElementType::kInt4, NotImplementedError)
+        << "argument `kernel` was compiled for a pool of int4: a KV cache takes elements of whole "
+        << "bytes";
     check("a KV pool of", tvm::ffi::DLDataTypeToString(ToDLDataType(kernel->kv_type)),
           tvm::ffi::DLDataTypeToString(init->dtype));
   }
@@ -173,6 +176,12 @@ AttentionKVCache UseTransfer(AttentionKVCache cache, Function transfer) {
   return cache;
 }
 
+/*! \brief Give a fresh cache the parameters of its kernel's variant; returns the cache. */
+AttentionKVCache WithVariant(AttentionKVCache cache, tvm::ffi::Array<tvm::ffi::Any> params) {
+  Ours(cache)->UseVariant(params);
+  return cache;
+}
+
 template <bool kHeadMajor>
 void KVCacheAttention(AttentionKVCache cache, int64_t layer_id, double sm_scale, Tensor q, Tensor k,
                       Tensor v, Tensor o) {
@@ -200,6 +209,7 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("tvm_flashinfer.kv_cache_create_mla", CreateKVCacheMLA)
       .def("tvm_flashinfer.kv_cache_with_sliding_layers", WithSlidingLayers)
       .def("tvm_flashinfer.kv_cache_use_transfer", UseTransfer)
+      .def("tvm_flashinfer.kv_cache_with_variant", WithVariant)
       .def("tvm_flashinfer.kv_cache_attention", KVCacheAttention<false>)
       .def("tvm_flashinfer.kv_cache_attention_bhsd", KVCacheAttention<true>)
       .def("tvm_flashinfer.kv_cache_query_positions", QueryPositions)

@@ -53,6 +53,9 @@ class StepRunner {
     window_ = window;
     variant_args_.arg[0].i = window - 1;
   }
+  /*! \brief Parameters of the kernel's variant; what they point at outlives the runner. */
+  void UseVariant(const VariantArgs& args) { variant_args_ = args; }
+  int32_t window() const { return window_; }
   /*! \brief Parameters of the kernel's variant. */
   const VariantArgs* variant_args() const { return &variant_args_; }
   /*! \brief See KVCacheObj::GraphKey. */

@@ -128,6 +128,16 @@ def test_every_transform_at_once(dims: tuple[int, int]) -> None:
     check(run(batch, EVERYTHING, {"a": a, "b": b, "c": c}), (want_o, want_lse), "float32")
 
 
+def test_a_variant_without_a_mask() -> None:
+    bias = np.random.default_rng(2).standard_normal(HEADS, dtype=np.float32)
+    variant = Variant(
+        "head_bias", params={"bias": Tensor()}, logits=lambda at, x, p: x + p.bias[at.q_head]
+    )
+    batch = batch_of()
+    o, lse = expected(batch, causal=False)
+    check(run(batch, variant, {"bias": bias}), (o, lse + bias), "float32")
+
+
 def test_out_of_bounds_parameters_of_transforms_are_named() -> None:
     batch = batch_of()
     params = {

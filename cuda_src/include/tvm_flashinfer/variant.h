@@ -117,6 +117,13 @@ struct VariantDefaults {
   static constexpr bool kHasStoreKey = false;
   static constexpr bool kHasStoreValue = false;
   static constexpr bool kSoftmax = true;
+
+  //! Kernels ask for the mask of mixed tiles, which none is without kHasMask.
+  template <typename Lanes, typename Params>
+  TVM_FLASHINFER_HOST_DEVICE static typename Lanes::Mask Mask(
+      const Params&, const ElementIndex<typename Lanes::Int>&) {
+    return Lanes::B(true);
+  }
 };
 
 /*! \brief Parameters of every StandardVariant; a variant reads those it is compiled with. */
