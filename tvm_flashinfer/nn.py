@@ -11,6 +11,7 @@ from tvm import relax
 from tvm.relax.frontend.nn.llm import kv_cache
 from tvm.relax.frontend.nn.llm.position_embedding import llama_rope_with_position_map
 
+from . import jit_cuda
 from .autoload import build_autoload
 from .jit import AttentionSpec, KernelArtifact, build_attention
 from .rope import RopeConfig
@@ -84,15 +85,22 @@ class PagedKVCache(kv_cache.PagedKVCache):
             )
         if enable_disaggregation:
             raise ValueError("enable_disaggregation: this cache doesn't transfer pages")
-        if target.kind.name != "llvm":
-            raise ValueError(f"target is {target.kind.name}: this cache runs on the CPU (llvm)")
+        device = target.kind.name
+        if device not in ("llvm", "cuda"):
+            raise ValueError(f"target is {device}: this cache runs on llvm and cuda")
         self.extern_mods = [_library(build_autoload())]
 
         def kernel(dims: tuple[int, int], variant: str | Variant = "causal") -> relax.ExternFunc:
-            artifact = build_attention(AttentionSpec(dtype, dtype, *dims, variant), mcpu=mcpu)
+            spec = AttentionSpec(dtype, dtype, *dims, variant)
+            if device == "cuda":
+                artifact = jit_cuda.build_attention(spec, arch=str(target.attrs["arch"]))
+            else:
+                artifact = build_attention(spec, mcpu=mcpu)
             self.extern_mods.append(_library(artifact))
             return relax.ExternFunc(artifact.symbol)
 
+        if device == "cuda" and set(kinds) != {"mha"}:
+            raise ValueError(f"attn_kind is {attn_kind!r}: on cuda this cache serves 'mha'")
         windowed = [layer for layer, kind in enumerate(kinds) if kind == "mha_sliding"]
         bounds = [max_batch_size, max_total_seq_len, prefill_chunk_size, page_size]
         # Layers have the windows then: MLC's engine asks for both, and means this.

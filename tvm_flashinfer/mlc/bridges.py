@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-__all__ = ["BRIDGES", "Bridge", "active", "apply", "library_file"]
+__all__ = ["BRIDGES", "LATE_BRIDGES", "Bridge", "active", "apply", "apply_late", "library_file"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,16 @@ def active() -> list[Bridge]:
 
 def apply() -> None:
     """Apply what is needed and wasn't applied yet; mlc_llm must be on the path, not imported."""
-    for bridge in BRIDGES:
+    _apply(BRIDGES)
+
+
+def apply_late() -> None:
+    """Apply what needs mlc_llm imported."""
+    _apply(LATE_BRIDGES)
+
+
+def _apply(bridges: tuple[Bridge, ...]) -> None:
+    for bridge in bridges:
         if bridge not in _active and bridge.needed():
             bridge.apply()
             _active.append(bridge)
@@ -166,7 +175,9 @@ def _stmt_functor() -> None:
 
 
 def _scalars_before_outputs() -> None:
+    import tvm
     from tvm import tirx
+    from tvm.relax.frontend import nn
     from tvm.relax.frontend.nn import op
 
     theirs = op.tensor_ir_op
@@ -177,11 +188,18 @@ def _scalars_before_outputs() -> None:
         if scalars and params[-len(scalars) :] == scalars:
             outputs = 1 if not isinstance(out, tuple | list) else len(out)
             inputs = len(params) - len(scalars) - outputs
+            body, given = func.body, [a for a in args if tvm.ir.is_prim_expr(a)]
+            # Scalars were converted on the way; now each has the dtype that it is given.
+            for i, (scalar, value) in enumerate(zip(scalars, given, strict=False)):
+                if scalar.ty.dtype != value.ty.dtype:
+                    scalars[i] = tirx.Var(scalar.name, value.ty.dtype)
+                    cast = tirx.Cast(scalar.ty.dtype, scalars[i])
+                    body = tirx.stmt_functor.substitute(body, {scalar: cast})
             order = params[:inputs] + scalars + params[inputs : inputs + outputs]
-            func = tirx.PrimFunc(order, func.body, func.ret_type, func.attrs)
+            func = tirx.PrimFunc(order, body, func.ret_type, func.attrs)
         return theirs(func, name_hint, args, out)
 
-    op.tensor_ir_op = tensor_ir_op
+    nn.tensor_ir_op = op.tensor_ir_op = tensor_ir_op
 
 
 # -- mlc_llm's own library
@@ -206,6 +224,34 @@ def _skip_library() -> None:
     # The first is read when mlc_llm is imported; subprocesses inherit it.
     os.environ["SKIP_LOADING_MLCLLM_SO"] = "1"
     registry._SKIP_UNKNOWN_OBJECTS = True
+
+
+def _lift_global_buffers() -> None:
+    from mlc_llm.compiler_pass import lift_global_buffer_alloc as theirs
+    from tvm import relax, s_tir, tirx
+
+    def remove_global_buf_alloc(func: Any) -> tuple[Any, list[Any]]:
+        root = func.body.block
+        lifted = [buffer for buffer in root.alloc_buffers if buffer.scope() == "global"]
+        if not lifted:
+            return func, []
+        params = list(func.params)
+        end = 1 + max(i for i, param in enumerate(params) if tirx.is_buffer_var(param))
+        block = s_tir.SBlock(
+            iter_vars=[],
+            reads=[],
+            writes=[],
+            name_hint="root",
+            body=root.body,
+            alloc_buffers=[b for b in root.alloc_buffers if b.scope() != "global"],
+            annotations=root.annotations,
+        )
+        body = s_tir.SBlockRealize(iter_values=[], predicate=True, block=block)
+        params[end:end] = lifted
+        updated = tirx.PrimFunc(params, body, func.ret_type, func.attrs)
+        return updated, [relax.TensorType(buffer.shape, buffer.dtype) for buffer in lifted]
+
+    theirs.remove_global_buf_alloc = remove_global_buf_alloc
 
 
 #: What ``import mlc_llm`` and its compiler need of TVM.
@@ -263,5 +309,15 @@ BRIDGES = (
         "not built: compiling works, chat and serve need it",
         lambda: library_file() is None,
         _skip_library,
+    ),
+)
+
+#: What changes a module of mlc_llm, and is applied once that is imported.
+LATE_BRIDGES = (
+    Bridge(
+        "remove_global_buf_alloc",
+        "in TVM 0.27 buffers are parameters themselves: its search for pointers finds none",
+        lambda: any(bridge.name == "PrimFunc.buffer_map" for bridge in _active),
+        _lift_global_buffers,
     ),
 )

@@ -36,6 +36,7 @@ def install() -> None:
         raise MLCNotFoundError(
             f"mlc_llm can't be imported: {error}; install what its requirements.txt names"
         ) from error
+    bridges.apply_late()
     _replace(pipeline, "DispatchKVCacheCreation", _dispatch_kv_cache)
     _replace(pipeline, "FuseTransposeMatmul", _with_linear(pipeline.FuseTransposeMatmul))
     _replace(jit, "subprocess", _OurSubprocess())
@@ -58,6 +59,11 @@ def _dispatch_kv_cache(target: Any, flashinfer: bool, metadata: dict[str, Any]) 
     """In place of mlc_llm's pass: ours makes the cache whether FlashInfer was asked for or not."""
     from relax_passes.dispatch_kv_cache import DispatchKVCache
 
+    if target.kind.name == "cuda":
+        from relax_passes.pipeline_cuda import load_cuda_runtime
+
+        # Without a driver TVM would put CUDA source into the library, and no device code.
+        load_cuda_runtime(allow_stub=True)
     return DispatchKVCache(target, metadata)
 
 
