@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = 128
+_FOLDER = tempfile.TemporaryDirectory(prefix="mlc-")  # removed with the process
 _COMMON = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -125,7 +126,7 @@ def compile_model(family: str, quantization: str = "q0f32", cache: str = "ours")
     """``mlc_llm compile``; `cache` is "ours" or "tvm"."""
     from mlc_llm.cli import compile as mlc_compile
 
-    folder = Path(tempfile.mkdtemp(prefix=f"mlc-{family}-{cache}-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{family}-{cache}-", dir=_FOLDER.name))
     (folder / "config.json").write_text(json.dumps(config(family)))
     library = folder / "model.so"
     arguments = [str(folder / "config.json"), "--model-type", family, "--device", "llvm"]
