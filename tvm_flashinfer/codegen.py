@@ -259,6 +259,14 @@ _VECTOR_MEMBER = """  static constexpr bool kHas{name} = true;
   }}
 """
 
+#: What a variant without a mask has for code that names it and never runs.
+_NO_MASK = """  template <typename L>
+  TVM_FLASHINFER_HOST_DEVICE static typename L::Mask Mask(
+      const Params&, const tvm_flashinfer::ElementIndex<typename L::Int>&) {
+    return L::B(true);
+  }
+"""
+
 
 def _params(variant: Variant) -> str:
     if not variant.params:
@@ -292,5 +300,6 @@ def generate(variant: Variant) -> str:
         softmax="true" if variant.softmax else "false",
         members="".join(
             _member(variant, what, expr) for what, expr in variant.traced.expressions.items()
-        ),
+        )
+        + ("" if "mask" in variant.traced.expressions else _NO_MASK),
     )
