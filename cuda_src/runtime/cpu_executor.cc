@@ -73,6 +73,19 @@ void CpuExecutor::Run(const AttentionParams& params) {
   });
 }
 
+void CpuExecutor::RunRequests(const AttentionParams* by_request, int32_t count, int32_t queries) {
+  const CpuKernel& kernel = kernel_.cpu();
+  const PlanView& plan = by_request->plan;
+  ParallelFor(plan.header->num_items, [&](int32_t thread, int32_t i) {
+    const WorkItem& item = plan.items[i];
+    kernel.run_item(&by_request[item.row], &item, scratch_.get() + thread * scratch_stride_);
+  });
+  if (plan.header->num_partials == 0) return;
+  ParallelFor(count, [&](int32_t, int32_t r) {
+    kernel.merge(&by_request[r], r * queries, (r + 1) * queries);
+  });
+}
+
 void CpuExecutor::Append(const AppendParams& params, int32_t count) {
   // Below this, waking threads costs more than the copy.
   constexpr int32_t kTokens = 32;

@@ -25,6 +25,11 @@ class CpuExecutor {
 
   /*! \brief Attention of one layer: every work item, then the merge of partial states. */
   void Run(const AttentionParams& params);
+  /*!
+   * \brief As Run, with operands per request of `queries` tokens each; row r of the layout is
+   * request r. All share one plan and workspace.
+   */
+  void RunRequests(const AttentionParams* by_request, int32_t count, int32_t queries);
   /*! \brief Store `count` new tokens into the pool. */
   void Append(const AppendParams& params, int32_t count);
 

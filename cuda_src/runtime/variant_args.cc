@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <string>
 
 #include "check.h"
 #include "tensor_view.h"
@@ -15,7 +16,9 @@ namespace tvm_flashinfer {
 namespace {
 
 using tvm::ffi::Any;
+using tvm::ffi::AnyView;
 using tvm::ffi::Array;
+using tvm::ffi::PackedArgs;
 using tvm::ffi::Tensor;
 
 DLDataType DTypeOf(VariantType type) {
@@ -37,7 +40,7 @@ DLDataType DTypeOf(VariantType type) {
   }
 }
 
-VariantArg BindScalar(const VariantParam& param, const Any& value) {
+VariantArg BindScalar(const VariantParam& param, AnyView value) {
   VariantArg arg{};
   if (param.type == VariantType::kInt32) {
     const auto given = value.try_cast<int64_t>();
@@ -58,7 +61,7 @@ VariantArg BindScalar(const VariantParam& param, const Any& value) {
   return arg;
 }
 
-VariantArg BindTensor(const VariantParam& param, const Any& value) {
+VariantArg BindTensor(const VariantParam& param, AnyView value) {
   const auto given = value.try_cast<Tensor>();
   TVM_FLASHINFER_CHECK(given.has_value(), TypeError)
       << "parameter `" << param.name << "` is a " << value.GetTypeKey() << ", expected a tensor";
@@ -87,24 +90,37 @@ VariantArg BindTensor(const VariantParam& param, const Any& value) {
   return arg;
 }
 
+/*! \param value The i-th value, as an AnyView. */
+template <typename Value>
+VariantArgs BindAll(const KernelTraits& kernel, int32_t count, const Value& value) {
+  TVM_FLASHINFER_CHECK(count == kernel.num_params, ValueError)
+      << "argument `params` has " << count << " values, the variant declares " << kernel.num_params;
+  VariantArgs args{};
+  for (int32_t i = 0; i < count; ++i) {
+    const VariantParam& param = kernel.params[i];
+    args.arg[i] = param.num_dims == 0 ? BindScalar(param, value(i)) : BindTensor(param, value(i));
+  }
+  return args;
+}
+
 }  // namespace
 
 void BoundVariantArgs::Bind(const KernelTraits& kernel, const Array<Any>& values) {
-  TVM_FLASHINFER_CHECK(static_cast<int64_t>(values.size()) == kernel.num_params, ValueError)
-      << "argument `params` has " << values.size() << " values, the variant declares "
-      << kernel.num_params;
-  VariantArgs args{};
-  for (int32_t i = 0; i < kernel.num_params; ++i) {
-    const VariantParam& param = kernel.params[i];
-    args.arg[i] = param.num_dims == 0 ? BindScalar(param, values[i]) : BindTensor(param, values[i]);
-  }
-  args_ = args;
+  args_ = BindAll(kernel, static_cast<int32_t>(values.size()),
+                  [&](int32_t i) -> AnyView { return *(values.begin() + i); });
+  count_ = kernel.num_params;
   values_ = values;
   checked_plan_ = -1;
 }
 
+void BoundVariantArgs::Bind(const KernelTraits& kernel, PackedArgs values) {
+  args_ = BindAll(kernel, values.size(), [&](int32_t i) { return values[i]; });
+  count_ = kernel.num_params;
+  checked_plan_ = -1;
+}
+
 const VariantArgs* BoundVariantArgs::Get(const KernelTraits& kernel) const {
-  TVM_FLASHINFER_CHECK(static_cast<int64_t>(values_.size()) == kernel.num_params, ValueError)
+  TVM_FLASHINFER_CHECK(count_ == kernel.num_params || kernel.num_params == 0, ValueError)
       << "the variant's parameters are not set: it declares " << kernel.num_params
       << ", the first is `" << kernel.params[0].name << "`";
   return &args_;
@@ -116,9 +132,15 @@ const VariantArgs* BoundVariantArgs::Get(const KernelTraits& kernel, const Visit
   if (plan >= 0 && plan == checked_plan_) return &args_;
   const ElementIndex<Interval>& at = range.elements;
   const int32_t outside = kernel.out_of_bounds_param(&args_, &range);
+  const auto shape = [&] {
+    std::string s;
+    for (int32_t i = 0; i < kernel.params[outside].num_dims; ++i) {
+      s += (i ? ", " : "[") + std::to_string(args_.arg[outside].extent[i]);
+    }
+    return s + "]";
+  };
   TVM_FLASHINFER_CHECK(outside < 0, ValueError)
-      << "parameter `" << kernel.params[outside].name << "` has shape "
-      << ShapeString(*values_[outside].cast<Tensor>().GetDLTensorPtr())
+      << "parameter `" << kernel.params[outside].name << "` has shape " << shape()
       << ", too small for what this plan indexes: " << at.request.hi + 1
       << " requests, positions up to " << std::max(at.q_idx.hi, at.kv_idx.hi) << ", "
       << at.q_head.hi + 1 << " query heads, " << range.q_rows.hi + 1

@@ -6,6 +6,7 @@
 
 #include <tvm/ffi/any.h>
 #include <tvm/ffi/container/array.h>
+#include <tvm/ffi/function.h>
 #include <tvm_flashinfer/cpu/kernel.h>
 #include <tvm_flashinfer/variant.h>
 
@@ -20,6 +21,8 @@ class BoundVariantArgs {
    * \throws ValueError, TypeError naming the parameter; the old ones stay.
    */
   void Bind(const KernelTraits& kernel, const tvm::ffi::Array<tvm::ffi::Any>& values);
+  /*! \brief The same for parameters that the caller keeps alive; allocates nothing. */
+  void Bind(const KernelTraits& kernel, tvm::ffi::PackedArgs values);
 
   /*! \throws ValueError unless every parameter is bound. */
   const VariantArgs* Get(const KernelTraits& kernel) const;
@@ -33,6 +36,7 @@ class BoundVariantArgs {
 
  private:
   VariantArgs args_{};
+  int32_t count_ = -1;  //!< bound parameters; -1: never bound
   tvm::ffi::Array<tvm::ffi::Any> values_;
   int64_t checked_plan_ = -1;
 };
