@@ -5,41 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from relax_passes.logits import Logits
 from relax_passes.mask import Mask
-
-
-@dataclass(frozen=True)
-class Operand:
-    """q, k, v or the result: a tensor and which of its axes are batch, heads, tokens, head
-    elements.
-
-    Axes of length 1 that mean nothing are in none of them; ``batch`` is None where there is no
-    axis.
-    """
-
-    tensor: Any
-    batch: int | None
-    head: int
-    token: int
-    dim: int
-    heads: int
-    head_dim: int
-
-    @property
-    def layout(self) -> str:
-        """``"BHSD"``-like text: the order of the axes."""
-        axes = {self.head: "H", self.token: "S", self.dim: "D"}
-        if self.batch is not None:
-            axes[self.batch] = "B"
-        return "".join(axes[n] for n in sorted(axes))
+from relax_passes.operands import Operand
+from relax_passes.views import StridedView
 
 
 @dataclass
 class AttentionSite:
-    """``out = softmax(soft_cap(scale * q kT), masked) v`` found in a graph.
+    """``out = softmax(f(scale * q kT)) v`` found in a graph.
 
-    ``reason`` is empty when q, k, v, scale and mask are all proven; else it says what is not, and
-    the other fields hold what was found up to there.
+    ``reason`` is empty when q, k, v and f are all proven; else it says what is not, and the other
+    fields hold what was found up to there.  ``q``, ``k``, ``v`` are None where no tensor has heads,
+    tokens and elements as axes of its own, ``axes_scale`` being their scale; ``views`` reads them
+    with strides, ``scale`` being theirs.  ``frame`` has the
+    index variables that ``logits`` and ``mask`` are formulas over.
     """
 
     name: str
@@ -51,25 +31,46 @@ class AttentionSite:
     v: Operand | None = None
     out: Operand | None = None
     scale: float = 1.0
+    axes_scale: float = 1.0
     soft_cap: float = 0.0
     biases: int = 0
     mask: Mask = field(default_factory=Mask)
     dtype: str = ""
     query_length: Any = None
     key_length: Any = None
+    batch: Any = 1
+    frame: Any = None
+    logits: Logits | None = None
+    views: tuple[StridedView, StridedView, StridedView] | None = None
+    product: Any = None
+    out_index: tuple[Any, ...] = ()
+    names: tuple[str, ...] = ()
 
     @property
     def recognised(self) -> bool:
         return not self.reason
 
     @property
+    def operands(self) -> tuple[StridedView, StridedView, StridedView]:
+        """``views`` of a site that is recognised."""
+        assert self.views is not None
+        return self.views
+
+    @property
     def variant(self) -> str:
-        parts = ["softmax"]
-        if self.soft_cap:
-            parts.append(f"soft-cap({self.soft_cap:g})")
-        if self.biases:
-            parts.append("bias")
-        return "+".join(parts)
+        return "+".join(("softmax", *self.names))
+
+    @property
+    def num_qo_heads(self) -> int:
+        return self.views[0].heads if self.views else self.q.heads if self.q else 0
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.views[1].heads if self.views else self.k.heads if self.k else 0
+
+    @property
+    def head_dim(self) -> int:
+        return self.views[0].dim if self.views else self.q.head_dim if self.q else 0
 
     def refuse(self, reason: str) -> AttentionSite:
         self.reason = self.reason or reason

@@ -29,6 +29,7 @@ from relax_passes.graph import (
     axis_of,
     dtype_of,
     ints,
+    is_float,
     is_one,
     op_name,
     permutation,
@@ -56,9 +57,12 @@ class Load:
 
 @dataclass(frozen=True, eq=False)
 class Apply:
+    """``origin`` is the tensor that holds the value, where the graph has one."""
+
     op: str
     args: tuple[Element, ...]
     dtype: str
+    origin: Load | None = None
 
 
 Element = Const | Index | Load | Apply
@@ -169,15 +173,19 @@ class ElementView:
         value = scalar_value(bound)
         if value is not None:
             return Const(value)
-        if isinstance(bound, GenericConst) or not isinstance(bound, relax.Call):
-            return Load(expr, index)
-        name = op_name(bound)
         moved = self.through_layout(bound, index)
+        if isinstance(bound, GenericConst) or not isinstance(bound, relax.Call):
+            return Load(expr, index) if moved is None else self.at(moved[0], moved[1], stop)
+        name = op_name(bound)
         if moved is not None:
             return self.at(moved[0], moved[1], stop)
         made = self._created(bound, name, index)
         if made is not None:
             return made
+        if name in ("tril", "triu"):
+            return self._triangle(bound, name, index, stop)
+        if name == "clip":
+            return self._clipped(bound, index, stop)
         if name == "index_tensor":
             return self._indexed(bound, index, stop) or Load(expr, index)
         if name not in ELEMENTWISE:
@@ -185,12 +193,13 @@ class ElementView:
         args = tuple(
             self.at(a, self._broadcast(a, index), stop) for a in bound.args if _is_tensor(a)
         )
-        return Apply(name, args, dtype_of(bound))
+        origin = Load(expr, index) if isinstance(expr, relax.Var) else None
+        return Apply(name, args, dtype_of(bound), origin)
 
-    def through_layout(
-        self, call: relax.Call, index: Sequence[Any]
-    ) -> tuple[Any, tuple[Any, ...]] | None:
+    def through_layout(self, call: Any, index: Sequence[Any]) -> tuple[Any, tuple[Any, ...]] | None:
         """If ``call`` only moves elements: its source and the index there; else None."""
+        if isinstance(call, relax.TupleGetItem):
+            return self._part_of_split(call, index)
         name = op_name(call)
         rule = _LAYOUT.get(name)
         if rule is None:
@@ -203,6 +212,50 @@ class ElementView:
         if found is None:
             return None
         return source, tuple(self.analyzer.simplify(i) for i in found)
+
+    def _part_of_split(
+        self, item: relax.TupleGetItem, index: Sequence[Any]
+    ) -> tuple[Any, tuple[Any, ...]] | None:
+        call = self.graph.resolve(item.tuple_value)
+        if op_name(call) != "split":
+            return None
+        source = call.args[0]
+        shape = shape_of(source) or []
+        axis = axis_of(call.attrs.axis, len(shape)) if shape else 0
+        cut = call.attrs.indices_or_sections
+        extent = static_int(shape[axis]) if shape else None
+        if isinstance(cut, int) or hasattr(cut, "value"):
+            sections = int(cut)
+            if extent is None:
+                return None
+            first = item.index * -(-extent // sections)
+        else:
+            first = 0 if item.index == 0 else ints(cut)[item.index - 1]
+        moved = list(index)
+        moved[axis] = self.analyzer.simplify(index[axis] + first)
+        return source, tuple(moved)
+
+    def _triangle(
+        self, call: relax.Call, name: str, index: Sequence[Any], stop: Callable[[Any], bool]
+    ) -> Element:
+        """``tril`` and ``triu``: the element, or 0 beyond the diagonal."""
+        diagonal = call.args[1] if len(call.args) > 1 else tirx.IntImm("int64", 0)
+        kept = "less_equal" if name == "tril" else "greater_equal"
+        inside = Apply(kept, (Index(index[-1]), Index(index[-2] + diagonal)), "bool")
+        dtype = dtype_of(call)
+        zero = Const(False if dtype == "bool" else 0)
+        return Apply("where", (inside, self.at(call.args[0], index, stop), zero), dtype)
+
+    def _clipped(
+        self, call: relax.Call, index: Sequence[Any], stop: Callable[[Any], bool]
+    ) -> Element:
+        element, dtype = self.at(call.args[0], index, stop), dtype_of(call)
+        for op, limit in (("maximum", call.args[1]), ("minimum", call.args[2])):
+            value = scalar_value(limit)
+            if value is None:
+                return Load(call, tuple(index))
+            element = Apply(op, (element, Const(value)), dtype)
+        return element
 
     def same(self, a: Any, b: Any) -> bool:
         """Whether two integer expressions are proven equal."""
@@ -217,9 +270,11 @@ class ElementView:
 
     def _created(self, call: relax.Call, name: str, index: Sequence[Any]) -> Element | None:
         if name == "arange":
-            start, _, step = call.args
+            start, _, step = (_whole(a) for a in call.args)
             if all(tvm.ir.is_prim_expr(a) for a in (start, step)):
-                return Index(self.analyzer.simplify(start + index[0] * step))
+                number = Index(self.analyzer.simplify(start + index[0] * step))
+                dtype = dtype_of(call)
+                return Apply("astype", (number,), dtype) if is_float(dtype) else number
         if name in ("ones", "ones_like", "zeros", "zeros_like"):
             value: Any = int(name.startswith("ones"))
             return Const(bool(value) if dtype_of(call) == "bool" else value)
@@ -273,6 +328,13 @@ _INTEGER_OPS: dict[str, Callable[..., Any]] = {
     "maximum": tirx.max,
     "negative": lambda a: -a,
 }
+
+
+def _whole(number: Any) -> Any:
+    """A whole number given as a float, as an integer; other expressions unchanged."""
+    if isinstance(number, tirx.FloatImm) and float(number.value).is_integer():
+        return tirx.IntImm("int64", int(number.value))
+    return number if not isinstance(number, tirx.FloatImm) else None
 
 
 def _is_tensor(expr: Any) -> bool:
@@ -339,6 +401,26 @@ def _repeat(_v: ElementView, call: relax.Call, shape: list[Any], index: list[Any
     return source
 
 
+def _take(view: ElementView, call: relax.Call, shape: list[Any], index: list[Any]) -> Any:
+    """``take`` of one position, which selects a slice."""
+    picked = view.graph.resolve(call.args[1])
+    position = scalar_value(picked)
+    if position is None or call.attrs.axis is None or not isinstance(position, int):
+        return None
+    axis = axis_of(call.attrs.axis, len(shape))
+    rank = len(shape_of(picked) or ()) if isinstance(picked, relax.Expr) else 0
+    extent = static_int(shape[axis])
+    if position < 0:
+        if extent is None:
+            return None
+        position += extent
+    if rank > 1 or (extent is not None and position >= extent):
+        return None
+    source = list(index)
+    source[axis : axis + rank] = [tirx.IntImm("int64", position)]
+    return source
+
+
 _LAYOUT: dict[str, Callable[..., Any]] = {
     "permute_dims": _permute,
     "expand_dims": _expand_dims,
@@ -348,6 +430,7 @@ _LAYOUT: dict[str, Callable[..., Any]] = {
     "reshape": _reshape,
     "flatten": _reshape,
     "repeat": _repeat,
+    "take": _take,
 }
 
 

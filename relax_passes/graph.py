@@ -114,6 +114,18 @@ class Graph:
             return bound
         return expr
 
+    def reached(self, var: Any, live: set[Any], stop: Any) -> set[Any]:
+        """``var`` and the live variables computed from it, but not through ``stop``."""
+        seen: set[Any] = set()
+        queue = [var]
+        while queue:
+            current = queue.pop()
+            if current in seen or current.same_as(stop):
+                continue
+            seen.add(current)
+            queue.extend(user for user in self.users[current] if user in live)
+        return seen
+
     def live(self) -> set[Any]:
         """The variables that the function's result depends on."""
         seen: set[Any] = set()

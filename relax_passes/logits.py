@@ -1,9 +1,9 @@
-"""The function between scores and softmax, cut into scale, soft cap, masks and biases."""
+"""The function between scores and softmax, cut into scale, masks and what else it does."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,97 +17,191 @@ class NotProvenError(Exception):
     """What is not proven about an attention-shaped site."""
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """A condition under which a key is seen; else its score is -inf or, ``finite``, the lowest
+    number.
+    """
+
+    visible: Element
+    finite: bool
+
+
 @dataclass
 class Logits:
     """``f`` as it is read from the softmax down to the score element.
 
-    ``scale`` is the product of the factors met so far; below a tanh it starts anew, the factors
-    above being the ``soft_cap``: ``soft_cap * tanh(scale * score)``.  ``predicates`` must all hold
-    for a key to be seen; ``biases`` counts addends that are neither 0 nor hide a key.
+    ``transform`` is what becomes of a score that has been multiplied with ``scale``: a formula in
+    which the score's own ``Load`` stands for it.  Masks are taken out of it as long as everything
+    above them keeps -inf what it is: ``masks`` must all hold for a key to be seen.
     """
 
+    score: Load | None = None
     scale: float = 1.0
-    soft_cap: float = 0.0
-    biases: int = 0
-    predicates: list[Element] = field(default_factory=list)
+    transform: Element | None = None
+    masks: list[Hidden] = field(default_factory=list)
+
+    @property
+    def predicates(self) -> list[Element]:
+        return [mask.visible for mask in self.masks]
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores are only scaled and masked."""
+        return self.transform is None or self.transform is self.score
 
     def read(self, element: Element, scores: Sequence[Any]) -> Load:
-        """Strip ``f`` from ``element``; returns the element of one of ``scores`` below it.
+        """Take ``element`` apart; returns the element of one of ``scores`` below it.
 
         Raises
         ------
         NotProvenError
-            ``f`` has an operator that is none of the above.
+            The scores meet each other, or a mask lies below something that could undo it.
         """
-        while isinstance(element, Apply):
-            below = [a for a in element.args if _reaches(a, scores)]
-            if len(below) != 1:
-                raise NotProvenError(f"{element.op!r} combines the scores with themselves")
-            self._strip(element, below[0])
-            element = below[0]
-        if isinstance(element, Load) and _reaches(element, scores):
+        rest = self._peel(element, scores, "")
+        if self.score is None:
+            raise NotProvenError("no score matmul below the softmax")
+        self.scale, self.transform = _strip_scale(rest, self.score)
+        return self.score
+
+    @property
+    def soft_cap(self) -> float:
+        """``cap`` where ``cap * tanh(scale * score)`` is the first thing done to a score."""
+        for outer in _chain(self.transform, self.score):
+            number = _factor(outer, outer.args[0]) or _factor(outer, outer.args[-1])
+            inner = outer.args[0] if isinstance(outer.args[0], Apply) else outer.args[-1]
+            tanh = isinstance(inner, Apply) and inner.op == "tanh"
+            if number and tanh and inner.args[0] is self.score:  # type: ignore[union-attr]
+                return number
+        return 0.0
+
+    @property
+    def addends(self) -> list[Element]:
+        """What is added to a score after its scale and soft cap, nothing else in between."""
+        found = []
+        for outer in _chain(self.transform, self.score):
+            if outer.op != "add":
+                break
+            a, b = outer.args
+            found.append(b if _reaches(a, [self.score.tensor] if self.score else []) else a)
+        return found
+
+    @property
+    def biases(self) -> int:
+        return len(self.addends)
+
+    @property
+    def named(self) -> bool:
+        """Whether scale, soft cap and addends are all there is."""
+        steps = len(_chain(self.transform, self.score)) - self.biases
+        return steps == (2 if self.soft_cap else 0)
+
+    # -- reading ---------------------------------------------------------------------------
+
+    def _peel(self, element: Element, scores: Sequence[Any], above: str) -> Element:
+        """``element`` less its masks; ``above`` names an operator that -inf would not survive."""
+        if isinstance(element, Load):
+            if not _reaches(element, scores):
+                raise NotProvenError("no score matmul below the softmax")
+            self.score = element
             return element
-        raise NotProvenError("no score matmul below the softmax")
+        if not isinstance(element, Apply):
+            raise NotProvenError("no score matmul below the softmax")
+        below = [a for a in element.args if _reaches(a, scores)]
+        if len(below) != 1:
+            raise NotProvenError(f"{element.op!r} combines the scores with themselves")
+        inner, op = below[0], element.op
+        if op == "astype" and is_float(element.dtype):
+            return self._peel(inner, scores, above)
+        if op == "add":
+            other = element.args[1] if inner is element.args[0] else element.args[0]
+            rest = self.addend(other, element.dtype, above)
+            x = self._peel(inner, scores, above)
+            return x if rest is None else Apply("add", (x, rest), element.dtype)
+        if op == "where":
+            taken = self._select(element, inner, above)
+            if taken:
+                return self._peel(inner, scores, above)
+        factor = _factor(element, inner)
+        if factor is None:
+            above = above or f"a {op}"
+        elif factor <= 0.0:
+            above = above or f"a factor of {factor:g}, which is not positive"
+        kept = tuple(self._peel(a, scores, above) if a is inner else a for a in element.args)
+        return Apply(op, kept, element.dtype)
 
-    def _strip(self, element: Apply, inner: Element) -> None:
-        op = element.op
-        others = [a for a in element.args if a is not inner]
-        factor = _factor(element, inner, others)
-        if factor is not None:
-            if factor <= 0.0:
-                raise NotProvenError(f"scores multiplied with {factor:g}, which is not positive")
-            self.scale *= factor
-        elif op == "astype" and is_float(element.dtype):
-            pass
-        elif op == "add":
-            self.add(others[0], element.dtype)
-        elif op == "where":
-            self._select(element, inner)
-        elif op == "tanh":
-            if self.soft_cap:
-                raise NotProvenError("two tanh on the scores")
-            self.soft_cap, self.scale = self.scale, 1.0
-        else:
-            raise NotProvenError(f"unknown operator {op!r} on the scores")
-
-    def _select(self, element: Apply, inner: Element) -> None:
+    def _select(self, element: Apply, inner: Element, above: str) -> bool:
         """where(condition, scores, -inf), or the other way round."""
         condition, when_true, when_false = element.args
         if condition is inner:
             raise NotProvenError("a mask that depends on the scores")
         keep = inner is when_true
-        if not _hides(when_false if keep else when_true, element.dtype):
-            raise NotProvenError("scores replaced by something else than -inf")
-        self._hide(condition, keep)
+        hidden = when_false if keep else when_true
+        if not _hides(hidden, element.dtype):
+            return False
+        self._hide(condition, keep, hidden, above)
+        return True
 
-    def _hide(self, condition: Element, keep: bool) -> None:
-        if self.soft_cap:
-            raise NotProvenError("a mask below a tanh, which makes -1 of it")
-        self.predicates.append(condition if keep else Apply("logical_not", (condition,), "bool"))
+    def _hide(self, condition: Element, keep: bool, hidden: Element, above: str) -> None:
+        if above:
+            raise NotProvenError(f"a mask below {above}")
+        visible = condition if keep else Apply("logical_not", (condition,), "bool")
+        finite = isinstance(hidden, Const) and math.isfinite(hidden.value)
+        self.masks.append(Hidden(visible, finite))
 
-    def add(self, element: Element, dtype: str) -> None:
-        """An addend of the scores: 0 or -inf by a predicate, or a bias."""
+    def addend(self, element: Element, dtype: str, above: str = "") -> Element | None:
+        """Take the masks out of an addend of the scores; returns what is left to add."""
         while isinstance(element, Apply) and element.op == "astype" and is_float(element.dtype):
+            if not is_float_element(element.args[0]):
+                break
             element = element.args[0]
         if _is_zero(element):
-            return
-        if isinstance(element, Apply) and element.op == "where":
+            return None
+        if not isinstance(element, Apply):
+            return element
+        if element.op == "where":
             condition, when_true, when_false = element.args
             for other, hidden, keep in (
                 (when_true, when_false, True),
                 (when_false, when_true, False),
             ):
                 if _hides(hidden, dtype):
-                    self._hide(condition, keep)
-                    self.add(other, dtype)
-                    return
-        if isinstance(element, Apply) and element.op == "add":
-            for arg in element.args:
-                self.add(arg, dtype)
-            return
-        if self.soft_cap or self.scale != 1.0:
-            raise NotProvenError("a bias that is scaled or capped together with the scores")
-        self.biases += 1
+                    self._hide(condition, keep, hidden, above)
+                    return self.addend(other, dtype, above)
+        if element.op == "add":
+            parts = [self.addend(arg, dtype, above) for arg in element.args]
+            left = [part for part in parts if part is not None]
+            if len(left) == 2:
+                return Apply("add", tuple(left), element.dtype)
+            return left[0] if left else None
+        if element.op == "multiply" and any(_hides(arg, dtype) for arg in element.args):
+            # (1 - seen) * lowest: seen is 0 or 1.
+            lowest = next(arg for arg in element.args if _hides(arg, dtype))
+            flag = next((arg for arg in element.args if arg is not lowest), None)
+            seen = _one_minus(flag)
+            if seen is not None:
+                self._hide(Apply("astype", (seen,), "bool"), True, lowest, above)
+                return None
+        return element
+
+
+def _one_minus(element: Element | None) -> Element | None:
+    from relax_passes.mask import boolish
+
+    if isinstance(element, Apply) and element.op == "subtract":
+        one, seen = element.args
+        if one == Const(1.0) and boolish(seen):
+            return seen
+    return None
+
+
+def is_float_element(element: Element) -> bool:
+    """Whether an element is a floating-point number."""
+    if isinstance(element, Load):
+        return is_float(str(element.tensor.ty.dtype.dtype))
+    if isinstance(element, Const):
+        return isinstance(element.value, float)
+    return isinstance(element, Apply) and is_float(element.dtype)
 
 
 def _is_zero(element: Element) -> bool:
@@ -122,8 +216,9 @@ def _hides(element: Element, dtype: str) -> bool:
     return element.value == -math.inf or element.value <= 0.98 * lowest
 
 
-def _factor(element: Apply, inner: Element, others: list[Element]) -> float | None:
-    """The number the scores are multiplied with, if that is what ``element`` does."""
+def _factor(element: Apply, inner: Element) -> float | None:
+    """The number ``inner`` is multiplied with, if that is what ``element`` does."""
+    others = [a for a in element.args if a is not inner]
     if len(others) != 1 or not isinstance(others[0], Const):
         return None
     value = float(others[0].value)
@@ -134,7 +229,41 @@ def _factor(element: Apply, inner: Element, others: list[Element]) -> float | No
     return None
 
 
+def _strip_scale(element: Element, score: Load) -> tuple[float, Element]:
+    """Take the numeric factors right above the score out of the formula."""
+    if not isinstance(element, Apply):
+        return 1.0, element
+    inner = next((a for a in element.args if _reaches(a, [score.tensor])), None)
+    if inner is None:
+        return 1.0, element
+    scale, rest = _strip_scale(inner, score)
+    factor = _factor(element, inner)
+    if rest is score and factor is not None:
+        return scale * factor, rest
+    return scale, Apply(
+        element.op, tuple(rest if a is inner else a for a in element.args), element.dtype
+    )
+
+
+def _chain(element: Element | None, score: Load | None) -> list[Apply]:
+    """The operators from the top of a formula down to the score."""
+    found: list[Apply] = []
+    while isinstance(element, Apply) and score is not None:
+        found.append(element)
+        element = next((a for a in element.args if _reaches(a, [score.tensor])), None)
+    return found
+
+
 def _reaches(element: Element, scores: Sequence[Any]) -> bool:
     if isinstance(element, Load):
         return any(element.tensor.same_as(s) for s in scores)
     return isinstance(element, Apply) and any(_reaches(a, scores) for a in element.args)
+
+
+def loads(element: Element, visit: Callable[[Load], None]) -> None:
+    """Call ``visit`` for every load of a formula."""
+    if isinstance(element, Load):
+        visit(element)
+    elif isinstance(element, Apply):
+        for arg in element.args:
+            loads(arg, visit)

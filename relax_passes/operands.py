@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import relax, tirx
 
-from relax_passes.attention_site import Operand
 from relax_passes.elements import ElementView
 from relax_passes.graph import (
     Graph,
@@ -19,6 +19,32 @@ from relax_passes.graph import (
     static_int,
 )
 from relax_passes.logits import NotProvenError
+
+
+@dataclass(frozen=True)
+class Operand:
+    """q, k, v or the result: a tensor and which of its axes are batch, heads, tokens, head
+    elements.
+
+    Axes of length 1 that mean nothing are in none of them; ``batch`` is None where there is no
+    axis.
+    """
+
+    tensor: Any
+    batch: int | None
+    head: int
+    token: int
+    dim: int
+    heads: int
+    head_dim: int
+
+    @property
+    def layout(self) -> str:
+        """``"BHSD"``-like text: the order of the axes."""
+        axes = {self.head: "H", self.token: "S", self.dim: "D"}
+        if self.batch is not None:
+            axes[self.batch] = "B"
+        return "".join(axes[n] for n in sorted(axes))
 
 
 class SiteAxes:
@@ -85,7 +111,7 @@ def find_operand(
         if name == "astype" and is_float(dtype_of(bound)) and is_float(dtype_of(bound.args[0])):
             expr = bound.args[0]
             continue
-        number = _numeric_factor(graph, name, bound)
+        number = numeric_factor(graph, name, bound)
         if number is None:
             break
         expr, value = number
@@ -95,7 +121,8 @@ def find_operand(
     return best
 
 
-def _numeric_factor(graph: Graph, name: str, call: relax.Call) -> tuple[Any, float] | None:
+def numeric_factor(graph: Graph, name: str, call: relax.Call) -> tuple[Any, float] | None:
+    """What ``call`` multiplies with a number other than 0, and the number."""
     if name not in ("multiply", "divide"):
         return None
     a, b = call.args

@@ -26,6 +26,7 @@ import tvm
 from tvm import relax
 from tvm.relax.pipeline import PIPELINE_MAP, register_pipeline
 
+import relax_passes.inject  # noqa: F401  (registers its pipeline)
 from relax_passes.combine_linear import combine_parallel_linears
 from relax_passes.importer import ImportedCausalLM, import_causal_lm
 from relax_passes.paginate import PaginateAttention, PaginateError

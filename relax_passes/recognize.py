@@ -13,13 +13,16 @@ Sites that look like attention but are not proven are returned too, with the rea
 
 from __future__ import annotations
 
+import contextlib
 import math
+from dataclasses import replace
 from typing import Any
 
 from tvm import relax, tirx
 
-from relax_passes.attention_site import AttentionSite, Operand
-from relax_passes.elements import ELEMENTWISE, Apply, Const, Element, ElementView, Load
+from relax_passes.attention_site import AttentionSite
+from relax_passes.elements import ELEMENTWISE, Apply, Const, Element, ElementView, Index, Load
+from relax_passes.frames import Frame, frames
 from relax_passes.graph import (
     Graph,
     axis_of,
@@ -29,10 +32,14 @@ from relax_passes.graph import (
     op_name,
     scalar_value,
     shape_of,
+    static_int,
 )
-from relax_passes.logits import Logits, NotProvenError
+from relax_passes.logits import Hidden, Logits, NotProvenError, loads
 from relax_passes.mask import derive_mask
-from relax_passes.operands import SiteAxes, find_operand
+from relax_passes.naming import name_transform
+from relax_passes.operands import Operand, SiteAxes, find_operand
+from relax_passes.prim import mentions
+from relax_passes.views import find_view
 
 _ATTENTION_OPS = ("nn.attention", "nn.attention_bias")
 _LAYOUT_OPS = frozenset(
@@ -77,50 +84,55 @@ def _attention_op(graph: Graph, binding: relax.VarBinding) -> AttentionSite:
     site = AttentionSite(name=binding.var.name, form="G", anchor=binding.var)
     view = ElementView(graph)
     try:
-        shapes = [shape_of(a) for a in call.args[:3]]
-        if any(s is None or len(s) != 4 for s in shapes):
-            raise NotProvenError("an operand of nn.attention has no known shape")
-        (batch, seq, heads, dim), (_, keys, _, _), (_, _, _, dim_v) = shapes  # type: ignore[misc]
-        at = SiteAxes(view, batch, heads, seq, keys)
-        d, e = view.variable("d", dim), view.variable("e", dim_v)
-        site.query_length, site.key_length = seq, keys
-        site.q, scale_q = find_operand(
-            view, call.args[0], (at.b, at.s, at.h, d), at, at.s, d, grouped=False
-        )
-        site.k, scale_k = find_operand(
-            view, call.args[1], (at.b, at.t, at.h, d), at, at.t, d, grouped=True
-        )
-        site.v, scale_v = find_operand(
-            view, call.args[2], (at.b, at.t, at.h, e), at, at.t, e, grouped=True
-        )
-        if scale_v != 1.0:
-            raise NotProvenError("the values are scaled")
-        scale = call.attrs.scale
-        scale = 1.0 / math.sqrt(int(dim)) if scale is None else float(scale.value)
-        site.scale = _round_scale(scale * scale_q * scale_k, int(dim))
-        logits = Logits()
-        if len(call.args) > 3:
-            shape = shape_of(call.args[3]) or []
-            index = tuple(
-                tirx.IntImm("int64", 0) if is_one(n) else i
-                for n, i in zip(shape, (at.b, at.h, at.s, at.t)[4 - len(shape) :], strict=True)
-            )
-            logits.add(view.at(call.args[3], index), dtype_of(call.args[3]))
-        site.biases = logits.biases
-        site.mask = derive_mask(view, logits.predicates, at.s, at.t)
-        if call.attrs.causal_mask is not None:
-            if str(call.attrs.causal_mask) != "TopLeft" and not view.same(seq, keys):
-                raise NotProvenError("a causal mask that is aligned bottom right")
-            site.mask.narrow(upper=0)
-        if call.attrs.window_size is not None:
-            raise NotProvenError("nn.attention with window_size")
-        site.out = Operand(binding.var, 0, 2, 1, 3, int(heads), int(dim_v))
-        site.dtype = dtype_of(site.q.tensor)
-        if site.mask.unproven:
-            raise NotProvenError(site.mask.unproven[0])
+        _prove_attention_op(view, site, call)
     except NotProvenError as why:
         site.refuse(str(why))
     return site
+
+
+def _prove_attention_op(view: ElementView, site: AttentionSite, call: relax.Call) -> None:
+    shapes = [shape_of(a) for a in call.args[:3]]
+    if any(s is None or len(s) != 4 for s in shapes):
+        raise NotProvenError("an operand of nn.attention has no known shape")
+    (batch, seq, heads, dim), (_, keys, kv_heads, _), (_, _, v_heads, dim_v) = shapes  # type: ignore[misc]
+    if static_int(heads) is None or len({static_int(n) for n in (heads, kv_heads, v_heads)}) > 1:
+        raise NotProvenError("nn.attention whose operands differ in heads")
+    if call.attrs.window_size is not None:
+        raise NotProvenError("nn.attention with window_size")
+    at = SiteAxes(view, batch, heads, seq, keys)
+    d, e = view.variable("d", dim), view.variable("e", dim_v)
+    site.frame = Frame(at, batch, (), 0, 2)
+    _set_operands(
+        view,
+        site,
+        (call.args[0], (at.b, at.s, at.h, d)),
+        (call.args[1], (at.b, at.t, at.h, d)),
+        (call.args[2], (at.b, at.t, at.h, e)),
+        d,
+        e,
+    )
+    scale = call.attrs.scale
+    scale = 1.0 / math.sqrt(int(dim)) if scale is None else float(scale.value)
+    score = Load(site.anchor, (at.b, at.h, at.s, at.t))
+    logits = Logits(score=score, scale=scale, transform=score)
+    if len(call.args) > 3:
+        shape = shape_of(call.args[3]) or []
+        index = tuple(
+            tirx.IntImm("int64", 0) if is_one(n) else i
+            for n, i in zip(shape, (at.b, at.h, at.s, at.t)[4 - len(shape) :], strict=True)
+        )
+        rest = logits.addend(view.at(call.args[3], index), dtype_of(call.args[3]))
+        if rest is not None:
+            logits.transform = Apply("add", (score, rest), "float32")
+    if call.attrs.causal_mask is not None:
+        last = keys - seq if str(call.attrs.causal_mask) == "BottomRight" else 0
+        logits.masks.append(
+            Hidden(Apply("less_equal", (Index(at.t), Index(at.s + last)), "bool"), False)
+        )
+    site.query_length, site.key_length, site.batch = seq, keys, batch
+    site.out = Operand(site.anchor, 0, 2, 1, 3, int(heads), int(dim_v))
+    site.product, site.out_index = site.anchor, (at.b, at.s, at.h, e)
+    _set_logits(view, site, logits)
 
 
 def _softmax_site(graph: Graph, binding: relax.VarBinding, live: set[Any]) -> AttentionSite | None:
@@ -193,72 +205,143 @@ def _prove_softmax_site(
     shape, value_shape = shape_of(weights), shape_of(values)
     if shape is None or value_shape is None or len(shape) < 3 or len(shape) != len(value_shape):
         raise NotProvenError("the matmul with the values has no batched shape")
-    batches = [n for n in range(len(shape) - 2) if not is_one(shape[n])]
-    if len(batches) > 2:
-        raise NotProvenError("more than two batch axes")
-    head_axis = batches[-1] if batches else len(shape) - 3
-    batch_axis = batches[0] if len(batches) == 2 else None
-    if batch_axis is None and head_axis > 0:
-        batch_axis = head_axis - 1
-    batch = shape[batch_axis] if batch_axis is not None else 1
-    at = SiteAxes(view, batch, shape[head_axis], shape[-2], shape[-1])
     site.query_length, site.key_length = shape[-2], shape[-1]
-    zero = tirx.IntImm("int64", 0)
-    index = [zero] * (len(shape) - 2)
-    index[head_axis] = at.h
-    if batch_axis is not None:
-        index[batch_axis] = at.b
+    source = binding.value.args[0]
+    scores = _score_matmuls(graph, source)
+    first: NotProvenError | None = None
+    tried: list[tuple[int, AttentionSite]] = []
+    left = graph.value[scores[0]].args[0]
+    for frame in frames(view, shape, shape_of(binding.var) or [], left):
+        attempt = replace(site, frame=frame)
+        try:
+            depth = _prove_in_frame(view, attempt, binding, product, source, scores)
+            tried.append((depth, attempt))
+        except NotProvenError as why:
+            first = first or why
+    if not tried:
+        raise first or NotProvenError("the axes of the attention weights are not understood")
+    best = max(tried, key=lambda pair: pair[0])[1]
+    vars(site).update(vars(best))
+    assert site.logits is not None and site.logits.score is not None
+    _check_uses(graph, site, chain, live)
+
+
+def _prove_in_frame(
+    view: ElementView,
+    site: AttentionSite,
+    binding: relax.VarBinding,
+    product: Any,
+    source: Any,
+    scores: list[Any],
+) -> int:
+    """Prove the site over the index variables of its frame; returns how much the views peel."""
+    graph, frame = view.graph, site.frame
+    at = frame.at
+    weights, values = graph.value[product].args
+    shape, value_shape = shape_of(weights) or [], shape_of(values) or []
 
     # Forward: what multiplies the values is the softmax itself.
-    soft, safe = _softmax_element(view, weights, (*index, at.s, at.t), binding)
+    soft, safe = _softmax_element(view, weights, (*frame.lead, at.s, at.t), binding)
     axis = axis_of(binding.value.attrs.axis, len(soft.index))
     if not view.same(soft.index[axis], at.t):
         raise NotProvenError(
             "softmax runs over another axis than the one multiplied with the values"
         )
-    if any(_uses(i, at.t) for n, i in enumerate(soft.index) if n != axis):
+    if any(mentions(i, at.t) for n, i in enumerate(soft.index) if n != axis):
         raise NotProvenError("the softmax result is indexed by the key twice")
 
     # Backward: f, down to the scores.
-    source = binding.value.args[0]
-    scores = _score_matmuls(graph, source)
     formula = view.at(source, soft.index, stop=lambda var: var in scores)
     logits = Logits()
     score = logits.read(formula, scores)
     left, right = graph.value[score.tensor].args
     row, column = score.index[-2], score.index[-1]
-    contraction = shape_of(left)[-1]  # type: ignore[index]
-    d = view.variable("d", contraction)
-    lead = score.index[:-2]
-    left_index = (*_lead(left, lead), row, d)
-    right_index = (*_lead(right, lead), d, column)
+    d = view.variable("d", (shape_of(left) or [0])[-1])
     e = view.variable("e", value_shape[-1])
-    site.q, scale_q = find_operand(view, left, left_index, at, at.s, d, grouped=False)
-    site.k, scale_k = find_operand(view, right, right_index, at, at.t, d, grouped=True)
-    site.v, scale_v = find_operand(view, values, (*index, at.t, e), at, at.t, e, grouped=True)
-    if scale_v != 1.0:
-        raise NotProvenError("the values are scaled")
-    scale = scale_q * scale_k * logits.scale
-    site.scale = _round_scale(scale, site.q.head_dim)
-    if logits.soft_cap:
-        # cap * tanh(scale / cap * score): the scale of the scores themselves is named.
-        site.soft_cap, site.scale = logits.soft_cap, scale * logits.soft_cap
-    site.biases = logits.biases
-    site.mask = derive_mask(view, logits.predicates, at.s, at.t)
-    site.out = Operand(
-        product,
-        batch_axis,
-        head_axis,
-        len(shape) - 2,
-        len(shape) - 1,
-        int(shape[head_axis]),
-        int(value_shape[-1]),
+    lead = score.index[:-2]
+    depth = _set_operands(
+        view,
+        site,
+        (left, (*_lead(left, lead), row, d)),
+        (right, (*_lead(right, lead), d, column)),
+        (values, (*_lead(values, frame.lead), at.t, e)),
+        d,
+        e,
     )
-    site.dtype = dtype_of(site.q.tensor)
-    site.form = _form(site, safe, len(shape))
-    _check_uses(graph, binding.var, chain, score.tensor, product, live)
-    if site.mask.unproven:
-        raise NotProvenError(site.mask.unproven[0])
+    site.batch = frame.batch
+    site.product, site.out_index = product, (*frame.lead, at.s, e)
+    heads = int(at.heads)
+    if frame.head_axis is not None or heads == 1:
+        head_axis = frame.head_axis if frame.head_axis is not None else -1
+        if head_axis >= 0:
+            site.out = Operand(
+                product,
+                frame.batch_axis,
+                head_axis,
+                len(shape) - 2,
+                len(shape) - 1,
+                heads,
+                int(value_shape[-1]),
+            )
+    _set_logits(view, site, logits)
+    site.form = _form(site, safe, len(shape_of(binding.var) or shape))
+    return depth
+
+
+def _set_operands(
+    view: ElementView,
+    site: AttentionSite,
+    q: tuple[Any, tuple[Any, ...]],
+    k: tuple[Any, tuple[Any, ...]],
+    v: tuple[Any, tuple[Any, ...]],
+    d: Any,
+    e: Any,
+) -> int:
+    """Find q, k, v, each given as an expression and the index of its element."""
+    at = site.frame.at
+    dim_qk = static_int(view.analyzer.const_int_bound(d).max_value)
+    dim_vo = static_int(view.analyzer.const_int_bound(e).max_value)
+    if dim_qk is None or dim_vo is None or max(dim_qk, dim_vo) >= 1 << 20:
+        raise NotProvenError("the size of a head is not known")
+    found = (
+        find_view(view, *q, at, at.s, d, dim_qk + 1, grouped=False),
+        find_view(view, *k, at, at.t, d, dim_qk + 1, grouped=True),
+        find_view(view, *v, at, at.t, e, dim_vo + 1, grouped=True),
+    )
+    if found[2].factor != 1.0:
+        raise NotProvenError("the values are scaled")
+    site.views = found
+    with contextlib.suppress(NotProvenError):
+        axes_q, scale_q = find_operand(view, *q, at, at.s, d, grouped=False)
+        axes_k, scale_k = find_operand(view, *k, at, at.t, d, grouped=True)
+        axes_v, scale_v = find_operand(view, *v, at, at.t, e, grouped=True)
+        if scale_v == 1.0:
+            site.q, site.k, site.v = axes_q, axes_k, axes_v
+            site.axes_scale = scale_q * scale_k
+    site.dtype = found[0].dtype
+    return sum(operand.depth for operand in found)
+
+
+def _set_logits(view: ElementView, site: AttentionSite, logits: Logits) -> None:
+    """Name f and its mask."""
+    assert site.views is not None
+    at = site.frame.at
+    site.axes_scale = _round_scale(site.axes_scale * logits.scale, site.views[0].dim)
+    logits.scale *= site.views[0].factor * site.views[1].factor
+    site.logits = logits
+    dim = site.views[0].dim
+    site.scale = _round_scale(logits.scale, dim)
+    cap = logits.soft_cap
+    if cap:
+        # cap * tanh(scale / cap * score): the scale of the scores themselves is named.
+        site.soft_cap, site.scale = cap, _round_scale(logits.scale * cap, dim)
+    site.biases = logits.biases
+    site.mask = derive_mask(
+        view, logits.predicates, at.s, at.t, site.key_length - site.query_length
+    )
+    if "nothing" in site.mask.unproven:
+        raise NotProvenError("a mask that hides every key")
+    site.names = name_transform(view, logits, at)
 
 
 def _form(site: AttentionSite, safe: bool, rank: int) -> str:
@@ -268,7 +351,7 @@ def _form(site: AttentionSite, safe: bool, rank: int) -> str:
         return "D"
     if safe:
         return "A"
-    return "E" if rank == 3 and site.q is not None and site.q.batch is None else "B"
+    return "E" if rank == 3 else "B"
 
 
 def _softmax_element(
@@ -332,23 +415,20 @@ def _all_hidden(view: ElementView, condition: Element, scores: Any) -> bool:
     return False
 
 
-def _check_uses(
-    graph: Graph, softmax: Any, chain: set[Any], score: Any, product: Any, live: set[Any]
-) -> None:
-    """Scores and weights may feed nothing but this attention."""
-    queue, inside = [score], set()
-    while queue:
-        var = queue.pop()
-        if var in inside or var.same_as(product):
-            continue
-        inside.add(var)
-        if var in graph.outputs:
-            raise NotProvenError("the attention scores or weights are also returned")
-        for user in graph.users[var]:
-            if user in live:
-                queue.append(user)
-                if len(inside) > 200:
-                    raise NotProvenError("the attention scores or weights are used elsewhere too")
+def _check_uses(graph: Graph, site: AttentionSite, chain: set[Any], live: set[Any]) -> None:
+    """Scores and weights may feed nothing but this attention, and f may read no scores."""
+    assert site.logits is not None and site.logits.score is not None
+    inside = graph.reached(site.logits.score.tensor, live, stop=site.product)
+    if inside & graph.outputs:
+        raise NotProvenError("the attention scores or weights are also returned")
+
+    def check(load: Load) -> None:
+        if load is not site.logits.score and load.tensor in inside:  # type: ignore[union-attr]
+            raise NotProvenError("f mixes keys: it reads what was computed from several scores")
+
+    for element in (site.logits.transform, *site.logits.predicates):
+        if element is not None:
+            loads(element, check)
 
 
 def _lead(matrix: Any, lead: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -358,10 +438,6 @@ def _lead(matrix: Any, lead: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(
         tirx.IntImm("int64", 0) if is_one(n) else i for n, i in zip(shape, tail, strict=True)
     )
-
-
-def _uses(expr: Any, var: Any) -> bool:
-    return any(v.same_as(var) for v in tirx.analysis.undefined_vars(expr))
 
 
 def _round_scale(scale: float, head_dim: int) -> float:

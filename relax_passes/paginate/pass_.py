@@ -188,6 +188,10 @@ class PaginateAttention:
                         f"{where} is not self attention over the whole sequence of {length} tokens."
                     )
             self._check_mask(site, where, ones)
+            if None in (site.q, site.k, site.v, site.out):
+                raise PaginateError(
+                    f"{where} has operands whose heads, tokens and elements are not axes."
+                )
             if site.variant != "softmax":
                 raise PaginateError(
                     f"{where} is of variant {site.variant}; the KV cache has plain softmax only."
@@ -195,6 +199,10 @@ class PaginateAttention:
 
     def _check_mask(self, site: AttentionSite, where: str, ones: Sequence[Any]) -> None:
         mask = site.mask
+        if mask.unproven:
+            raise PaginateError(
+                f"{where} has a mask ({mask.describe()}) that the KV cache does not have."
+            )
         if not mask.causal:
             raise PaginateError(
                 f"{where} is not causal (its mask is {mask.describe()}), so past keys would change."

@@ -9,8 +9,9 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from relax_passes.attention_site import AttentionSite, Operand
+from relax_passes.attention_site import AttentionSite
 from relax_passes.graph import dtype_of, op_name, shape_of, static_int
+from relax_passes.operands import Operand
 from relax_passes.paginate.backends import Backend
 from relax_passes.paginate.emitter import Emitter
 from relax_passes.paginate.tokenwise import PaginateError, TokenAxes
@@ -270,7 +271,7 @@ class _Body:
         assert site.q and site.k and site.v and site.out
         q, k, v = (self._token_major(o) for o in (site.q, site.k, site.v))
         out = self.writer.backend.attention(
-            self.emit, self.cache, layer, float(site.scale), q, k, v
+            self.emit, self.cache, layer, float(site.axes_scale), q, k, v
         )
         tokens = self.signature.tokens
         if late:

@@ -63,18 +63,19 @@ def test_window_counts_the_query_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    "keep",
+    ("keep", "name"),
     [
-        lambda g, q, t: g.less_equal(g.multiply(t, number(2)), q),
-        lambda g, q, t: g.logical_or(g.less_equal(t, q), g.less(t, number(3))),
-        lambda g, q, t: g.equal(g.floor_mod(t, number(2)), number(0)),
+        (lambda g, q, t: g.less_equal(g.multiply(t, number(2)), q), "predicate"),
+        (lambda g, q, t: g.logical_or(g.less_equal(t, q), g.less(t, number(3))), "prefix-lm"),
+        (lambda g, q, t: g.equal(g.floor_mod(t, number(2)), number(0)), "predicate"),
     ],
     ids=["stretched", "prefix", "every other"],
 )
-def test_other_arithmetic_is_left_alone(keep: Any) -> None:
+def test_other_arithmetic_is_a_predicate(keep: Any, name: str) -> None:
     site = mask_of(keep)
-    assert not site.recognised
-    assert site.mask.describe() == "unknown"
+    assert site.recognised, site.reason
+    assert site.mask.describe() == name
+    assert not site.mask.causal and len(site.mask.rest) == 1
 
 
 def test_padding_by_key() -> None:
@@ -98,5 +99,5 @@ def test_mask_by_query_is_no_padding() -> None:
         return g.matmul(g.softmax(masked(g, scores(g, q, k), keep)), v)
 
     (site,) = find_sites(build(body, *qkv(), rows))
-    assert not site.recognised
-    assert "indexed by more than the key" in site.reason
+    assert site.recognised, site.reason
+    assert (site.mask.describe(), site.mask.padding) == ("mask tensor", [])

@@ -1,0 +1,401 @@
+"""InjectAttention: every attention of a module becomes one call of our kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import relax, tirx
+from tvm.relax.pipeline import PIPELINE_MAP, register_pipeline
+from tvm_ffi import structural_equal
+
+from relax_passes.attention_site import AttentionSite
+from relax_passes.derive import Derived, derive
+from relax_passes.elements import ElementView
+from relax_passes.graph import Graph, dtype_of, op_name, shape_of, static_int
+from relax_passes.logits import NotProvenError
+from relax_passes.recognize import find_sites
+from relax_passes.report import Report
+from relax_passes.targets import kernel_cpu
+from relax_passes.views import StridedView
+from tvm_flashinfer.jit import AttentionSpec, KernelArtifact, build_attention
+
+RUNTIME_FUNCTION = "tvm_flashinfer.graph_attention"
+
+
+@tvm_ffi.register_error("InjectError")
+class InjectError(ValueError):
+    """With ``strict=True``: an attention that was left alone; one sentence."""
+
+
+@tvm.transform.module_pass(opt_level=0, name="InjectAttention")
+class InjectAttention:
+    """Replace every recognised attention by a call of a kernel compiled for it.
+
+    Before::
+
+        k_t = R.permute_dims(k, [0, 1, 3, 2])                    # [B, H, D, T]
+        scores = R.multiply(R.matmul(q, k_t), R.const(0.125))    # [B, H, S, T]
+        masked = R.add(scores, R.where(R.less_equal(j, i), R.const(0.0), R.const(-inf)))
+        o = R.matmul(R.nn.softmax(masked), v)                    # [B, H, S, D]
+        out = R.reshape(R.permute_dims(o, [0, 2, 1, 3]), [B, S, H * D])
+
+    After::
+
+        o = R.call_dps_packed(
+            "tvm_flashinfer.graph_attention",
+            (R.ExternFunc(kernel), R.shape([B, S, T, 0, H, H, <strides of q, k, v, o>]),
+             R.prim_value(0.125), q, k, v),
+            out_ty=R.Tensor((B, S, H, D)))
+        out = R.reshape(o, [B, S, H * D])
+
+    q, k and v are the deepest tensors the kernel can read with strides, so transposes, splits of a
+    stacked QKV and expansions of grouped heads are gone.  Masks and whatever else is done to the
+    scores are compiled into the kernel; tensors they read follow v as arguments.  What is not
+    proven equal is left as it was, with the reason in the report.
+
+    Queries that see no key get 0 where the graph computes 0/0.
+
+    Parameters
+    ----------
+    target : tvm.target.Target | None
+        An ``llvm`` target; None takes the current one.
+    strict : bool
+        Whether an attention that is left alone is an error.
+    report : Report | None
+        Filled with every attention-shaped site.
+    progress : callable | None
+        Told, in a sentence, when a kernel is compiled.
+    build : callable | None
+        Makes the kernel of an ``AttentionSpec``; by default the JIT does, and the module's
+        ``external_mods`` get its object file, so that exported libraries carry it.
+
+    Raises
+    ------
+    InjectError
+        With ``strict``; one sentence that names the first site left alone, and why.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: tvm.target.Target | None = None,
+        strict: bool = False,
+        report: Report | None = None,
+        progress: Callable[[str], None] | None = None,
+        build: Callable[[AttentionSpec], KernelArtifact] | None = None,
+    ) -> None:
+        self.target, self.strict, self.progress, self.build = target, strict, progress, build
+        self.report = report if report is not None else Report()
+
+    def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+        kernels: dict[str, KernelArtifact] = {}
+        mod = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
+        for gvar, func in list(mod.functions_items()):
+            if isinstance(func, relax.Function):
+                new = self._function(func, kernels)
+                if new is not func:
+                    mod.update_func(gvar, new)
+        if kernels and self.build is None:
+            added = [
+                tvm.runtime.load_static_library(k.object_path, [symbol])
+                for symbol, k in kernels.items()
+            ]
+            known = mod.attrs["external_mods"] if mod.attrs and "external_mods" in mod.attrs else []
+            mod = mod.with_attr("external_mods", [*known, *added])
+        return mod
+
+    def _function(self, func: relax.Function, kernels: dict[str, KernelArtifact]) -> relax.Function:
+        sites = find_sites(func)
+        if not sites:
+            return func
+        graph = Graph(func)
+        view = ElementView(graph)
+        written: dict[Any, _Call] = {}
+        for site in sites:
+            try:
+                if site.recognised:
+                    call = self._prepare(graph, view, site, kernels)
+                    written[call.replaced] = call
+            except NotProvenError as why:
+                site.refuse(str(why))
+            self.report.extend([site], rewritten=site.recognised)
+            if self.strict and not site.recognised:
+                raise InjectError(f"attention {site.name!r} is left alone: {site.reason}.")
+        return _rewrite(func, written) if written else func
+
+    def _prepare(
+        self,
+        graph: Graph,
+        view: ElementView,
+        site: AttentionSite,
+        kernels: dict[str, KernelArtifact],
+    ) -> _Call:
+        target = self.target or tvm.target.Target.current()
+        if self.build is None and (target is None or target.kind.name != "llvm"):
+            kind = "no" if target is None else target.kind.name
+            raise NotProvenError(f"the target is {kind}; kernels are compiled for llvm targets")
+        derived = derive(view, site)
+        out = _find_output(graph, view, site)
+        q, k, v = site.operands
+        if k.dtype != v.dtype:
+            raise NotProvenError(f"keys are {k.dtype} and values {v.dtype}")
+        if q.dtype != out.dtype:
+            raise NotProvenError(f"queries are {q.dtype} and the result is {out.dtype}")
+        if k.heads != v.heads:
+            raise NotProvenError(f"{k.heads} key heads and {v.heads} value heads")
+        try:
+            spec = AttentionSpec(q.dtype, k.dtype, q.dim, v.dim, derived.variant)
+        except ValueError as err:
+            raise NotProvenError(str(err)) from err
+        if self.build is not None:
+            kernel = self.build(spec)
+        else:
+            kernel = build_attention(spec, mcpu=kernel_cpu(target), progress=self.progress)
+        kernels[kernel.symbol] = kernel
+        return _Call(site, derived, out, kernel.symbol)
+
+
+# ---------------------------------------------------------------------------------------------
+# where the result goes
+
+
+@dataclass(frozen=True)
+class _Output:
+    """The graph's ``var`` is a reshape of the kernel's result laid out as ``order``."""
+
+    var: Any
+    order: str
+    dtype: str
+
+
+#: Orders of (batch, token, head) the kernel may write; token-major first, which models want.
+_ORDERS = ("BSH", "SBH", "BHS")
+
+
+def _find_output(graph: Graph, view: ElementView, site: AttentionSite) -> _Output:
+    """Follow the result through layout operators as far as some order of it is what they make."""
+    q, _, v = site.operands
+    live = graph.live()
+    var, index = site.product, None
+    best: _Output | None = None
+    for _ in range(12):
+        index = _index_of(view, var)
+        if index is None:
+            break
+        order = _order(view, site, var, index, v.dim)
+        if order is not None:
+            best = _Output(var, order, dtype_of(var))
+        users = [u for u in dict.fromkeys(graph.users[var]) if u in live]
+        if len(users) != 1 or var in graph.outputs:
+            break
+        value = graph.value[users[0]]
+        if op_name(value) == "astype":
+            # float32 rounded to the dtype of q: the kernel rounds its float32 sums just so.
+            if dtype_of(value) != q.dtype or dtype_of(var) != "float32":
+                break
+        elif not isinstance(value, relax.Var | relax.Call) or (
+            isinstance(value, relax.Call)
+            and view.through_layout(value, _index_of(view, users[0]) or ()) is None
+        ):
+            break
+        var = users[0]
+    if best is None:
+        raise NotProvenError("the result has no layout that the kernel can write")
+    return best
+
+
+def _index_of(view: ElementView, var: Any) -> tuple[Any, ...] | None:
+    shape = shape_of(var)
+    if shape is None:
+        return None
+    return tuple(
+        tirx.IntImm("int64", 0) if static_int(n) == 1 else view.variable(f"i{axis}", n)
+        for axis, n in enumerate(shape)
+    )
+
+
+def _order(
+    view: ElementView, site: AttentionSite, var: Any, index: tuple[Any, ...], dim: int
+) -> str | None:
+    """The order in which the kernel's result, reshaped, is ``var``; None if there is none."""
+    element = view.at(var, index, stop=lambda v: v.same_as(site.product))
+    while getattr(element, "op", "") == "astype":
+        element = element.args[0]  # type: ignore[union-attr]
+    if not getattr(element, "tensor", None) is not None:
+        return None
+    if not element.tensor.same_as(site.product):  # type: ignore[union-attr]
+        return None
+    # site.out_index gives the product's index by (b, h, s, e); read it backwards.
+    places = _places(view, site, element.index)  # type: ignore[union-attr]
+    if places is None:
+        return None
+    shape = shape_of(var) or []
+    flat: Any = tirx.IntImm("int64", 0)
+    for size, i in zip(shape, index, strict=True):
+        flat = flat * size + i
+    at = site.frame.at
+    sizes = {"B": site.batch, "S": site.query_length, "H": at.heads}
+    for order in _ORDERS:
+        address: Any = tirx.IntImm("int64", 0)
+        for axis in order:
+            address = address * sizes[axis] + places[axis]
+        if view.same(flat, address * dim + places["D"]):
+            return order
+    return None
+
+
+def _places(view: ElementView, site: AttentionSite, index: Sequence[Any]) -> dict[str, Any] | None:
+    """(b, s, h, e) of the product's element at ``index``."""
+    at = site.frame.at
+    zero = tirx.IntImm("int64", 0)
+    found: dict[str, Any] = {"B": zero, "S": zero, "H": zero, "D": zero}
+    shape = shape_of(site.product) or []
+    if len(site.out_index) != len(index):
+        return None
+    heads: Any = zero
+    for n, (place, i) in enumerate(zip(site.out_index, index, strict=True)):
+        if static_int(place) == 0:
+            continue
+        if n == len(index) - 1:
+            found["D"] = i
+        elif view.same(place, at.s):
+            found["S"] = i
+        elif view.same(place, at.b):
+            found["B"] = i
+        elif view.same(place, at.h):
+            found["H"] = i
+        elif view.same(place, at.b * at.heads + at.h):
+            found["B"], found["H"] = tirx.floordiv(i, at.heads), tirx.floormod(i, at.heads)
+        else:
+            # One of several axes of heads, outermost first.
+            heads = heads * shape[n] + i
+            found["H"] = heads
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# the call
+
+
+@dataclass(frozen=True)
+class _Call:
+    site: AttentionSite
+    derived: Derived
+    out: _Output
+    symbol: str
+
+    @property
+    def replaced(self) -> Any:
+        return self.out.var
+
+    def emit(self, builder: relax.BlockBuilder) -> Any:
+        """Emit the call and what its arguments need; returns the value of ``replaced``."""
+        site, derived = self.site, self.derived
+        q, k, v = site.operands
+        at = site.frame.at
+        sizes = {"B": site.batch, "S": site.query_length, "H": at.heads}
+        shape = [*(sizes[axis] for axis in self.out.order), v.dim]
+        strides = dict.fromkeys("BSH", tirx.IntImm("int64", 0))
+        step: Any = tirx.IntImm("int64", v.dim)
+        for axis in reversed(self.out.order):
+            strides[axis] = step
+            step = step * sizes[axis]
+        spec = [
+            site.batch,
+            site.query_length,
+            site.key_length,
+            derived.q_begin,
+            q.heads,
+            k.heads,
+            *_spec(q),
+            *_spec(k),
+            *_spec(v),
+            0,
+            strides["B"],
+            strides["H"],
+            strides["S"],
+        ]
+        values = [_argument(builder, value, dtype) for value, dtype in derived.values]
+        call = relax.call_dps_packed(
+            RUNTIME_FUNCTION,
+            [
+                relax.ExternFunc(self.symbol),
+                relax.ShapeExpr(spec),
+                relax.prim_value(tirx.FloatImm("float64", float(derived.sm_scale))),
+                q.tensor,
+                k.tensor,
+                v.tensor,
+                *values,
+            ],
+            out_ty=relax.TensorType(shape, self.out.dtype),
+        )
+        wanted = shape_of(self.out.var) or []
+        if len(shape) == len(wanted) and all(map(structural_equal, shape, wanted)):
+            return call
+        return relax.op.reshape(builder.emit(call), wanted)
+
+
+def _spec(view: StridedView) -> list[Any]:
+    return [view.offset, view.batch, view.head, view.token]
+
+
+def _argument(builder: relax.BlockBuilder, value: Any, dtype: str) -> Any:
+    """A parameter of the variant: a scalar, or a tensor without axes of one element."""
+    if not dtype:
+        return relax.prim_value(value)
+    if dtype_of(value) == "int64":
+        # Positions and lengths fit 32 bits; other numbers must not wrap into their range.
+        limit = (1 << 31) - 1
+        value = builder.emit(relax.op.clip(value, -limit, limit))
+    if dtype_of(value) != dtype:
+        value = builder.emit(relax.op.astype(value, dtype))
+    shape = shape_of(value) or []
+    kept = [n for n in shape if static_int(n) != 1] or [1]
+    if len(kept) != len(shape):
+        value = builder.emit(relax.op.reshape(value, kept))
+    return value
+
+
+def _rewrite(func: relax.Function, written: dict[Any, _Call]) -> relax.Function:
+    """The function with each replaced value bound to a call; what only the old one read is gone."""
+    builder = relax.BlockBuilder()
+    builder.begin_scope(list(func.params))
+    blocks = []
+    for block in func.body.blocks:
+        if isinstance(block, relax.DataflowBlock):
+            builder._begin_dataflow_block()
+        else:
+            builder._begin_binding_block()
+        for binding in block.bindings:
+            call = written.get(binding.var)
+            if call is not None:
+                value = builder.normalize(call.emit(builder))
+                binding = relax.VarBinding(binding.var, value)
+            builder.emit_normalized(binding)
+        blocks.append(builder._end_block())
+    builder.end_scope()
+    body = relax.SeqExpr(blocks, func.body.body)
+    new = relax.Function(func.params, body, func.ret_ty, func.is_pure, func.attrs)
+    return relax.analysis.remove_all_unused(new)
+
+
+PIPELINE_NAME = "tvm_flashinfer"
+
+
+def pipeline(**options: Any) -> tvm.transform.Pass:
+    """``relax.get_pipeline("tvm_flashinfer")``: InjectAttention, to be put before one's own passes.
+
+    ``options`` are InjectAttention's::
+
+        mod = relax.get_pipeline("tvm_flashinfer", target=target)(mod)
+        executable = tvm.compile(mod, target=target)
+    """
+    return InjectAttention(**options)
+
+
+if PIPELINE_NAME not in PIPELINE_MAP:
+    register_pipeline(PIPELINE_NAME)(pipeline)
