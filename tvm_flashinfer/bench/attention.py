@@ -316,7 +316,7 @@ def _onnxruntime(context: Context, batch: Batch) -> Iterator[tuple[str, Call]]:
         context.report.skipped["onnxruntime"] = "not installed: pip install onnx onnxruntime"
         return
     import onnx
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
     import torch
 
     kind = onnx.TensorProto.FLOAT if case.dtype == "float32" else onnx.TensorProto.FLOAT16
