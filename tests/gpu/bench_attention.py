@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
-"""Decode and prefill on a CUDA device: floor, ours and torch's kernels, measured in one run.
+"""Decode and prefill on a CUDA device: floor, ours, torch's and FlashInfer's kernels in one run.
 
 python tests/gpu/bench_attention.py [--cases GLOB] [--json FILE] [--sweep]
 """
@@ -11,8 +11,13 @@ import ctypes
 import fnmatch
 import json
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +27,23 @@ from harness.device import DeviceCase, Module, compare
 from harness.layouts import paged
 from harness.timing import microseconds
 from modules import ARCH, FOLDER, build
+from peers import DECODE, PREFILL, FlashInfer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 ROTATE_BYTES = 1_200_000_000  # more than any L2, so every launch reads device memory
 REST = 0.4
+SAME = 1e-2  # relative difference up to which a peer has done the same work (bf16 rounds to 4e-3)
+
+
+@dataclass
+class Measured:
+    """A case that ran: microseconds of a launch, error on one request, and its operands."""
+
+    time: float
+    error: float
+    case: DeviceCase
+    pools: torch.Tensor  # [copies, pages, 2, Hkv, page_size, D]; case.o is of the first
 
 
 @dataclass
@@ -52,6 +69,13 @@ class Shape:
             q * kv - q * (q - 1) / 2 for q, kv in zip(self.qo_lens, self.kv_lens, strict=True)
         )
         return 4.0 * pairs * HEADS * DIM
+
+    def time(self, launches: list[Callable[[], object]]) -> float:
+        """Microseconds of a launch: prefill in bursts of some 8 ms, each after a rest."""
+        if self.decode:
+            return microseconds(launches)
+        repeats = max(2, min(20, int(8e-3 / (self.flops / 400e12))))
+        return microseconds(launches * repeats, 7, REST)
 
 
 def uniform(low: int, high: int, n: int) -> list[int]:
@@ -95,6 +119,13 @@ class Bench:
         self.module = Module(library.resolve() if library else build(["main"])["main"].library)
         self.floor = ctypes.CDLL(str(build_read_floor(FOLDER, ARCH)))
         self.sink = torch.zeros(16, dtype=torch.uint8, device="cuda")
+        self.difference = 0.0  # the largest of a peer's result from ours
+        self.skipped: dict[str, str] = {}
+        self.flashinfer: FlashInfer | None = None
+        try:
+            self.flashinfer = FlashInfer()
+        except ImportError as error:
+            self.skipped["flashinfer"] = f"cannot be imported: {error}"
         self.multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
 
     def read_floor(self, size: int) -> float:
@@ -123,8 +154,8 @@ class Bench:
 
     def attention(
         self, shape: Shape, options: PlanOptions, module: Module | None = None, check: bool = True
-    ) -> tuple[float, float]:
-        """Microseconds of a launch, and its error on one request."""
+    ) -> Measured:
+        """Launch our kernel over rotating pools, and check one request."""
         module = module or self.module
         batch, pages = paged(
             shape.qo_lens, shape.kv_lens, shape.page_size, np.random.default_rng(0)
@@ -149,15 +180,58 @@ class Bench:
             case.params.k, case.params.v = base_k + copy * step, base_v + copy * step
             module.run(case.params, options.tile_rows, options.num_workers)
 
-        repeats = 1 if shape.decode else max(2, int(8e-3 / (shape.flops / 400e12)))
-        work = [lambda c=c: launch(c) for c in range(copies)] * min(repeats, 20)
-        time = microseconds(work, 15 if shape.decode else 7, 0.0 if shape.decode else REST)
+        measured = shape.time([partial(launch, c) for c in range(copies)])
         if not check:
-            return time, 0.0
+            return Measured(measured, 0.0, case, pools)
         launch(0)
         torch.cuda.synchronize()
         shortest = int(np.argmin(shape.kv_lens))
-        return time, compare(case, [shortest])[0]
+        return Measured(measured, compare(case, [shortest])[0], case, pools)
+
+    def peer(self, shape: Shape, name: str, ours: Measured) -> float:
+        """Microseconds of a launch of FlashInfer's kernel over the operands of ours."""
+        assert self.flashinfer is not None
+        kernel = self.flashinfer.kernel(name, ours.case)
+        kernel.run(ours.pools[0])
+        want = ours.case.o.float()
+        difference = float((kernel.out.float() - want).norm() / want.norm())
+        if not difference <= SAME:
+            raise RuntimeError(f"its result differs from ours by {difference:.1e}")
+        self.difference = max(self.difference, difference)
+        return shape.time([partial(kernel.run, pool) for pool in ours.pools])
+
+    def peers(self, shape: Shape, ours: Measured) -> dict[str, float]:
+        """Microseconds by kernel of FlashInfer; what failed is in `skipped`."""
+        times = {}
+        if self.flashinfer is not None:
+            for name in DECODE if shape.decode else PREFILL:
+                try:
+                    times[name] = self.peer(shape, name, ours)
+                except Exception as error:  # a peer that cannot run a case is reported, no more
+                    self.skipped[f"{shape.name}: {name}"] = f"{type(error).__name__}: {error}"
+        return times
+
+    def host_plan(self, shape: Shape, options: PlanOptions) -> dict[str, float]:
+        """Microseconds of host time of a plan and its copy to the device, ours and the peer's."""
+        batch, pages = paged(
+            shape.qo_lens, shape.kv_lens, shape.page_size, np.random.default_rng(0)
+        )
+        plan = self.plans.plan(batch, HEADS, KV_HEADS, options, repeats=100)
+        buffer = torch.from_numpy(plan.buffer).pin_memory()
+        target = torch.empty_like(buffer, device="cuda")
+        copies = []
+        for _ in range(100):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            target.copy_(buffer, non_blocking=True)
+            copies.append((time.perf_counter() - begin) * 1e6)
+        result = {"ours": plan.host_time + median(copies)}
+        if self.flashinfer is not None:
+            case = DeviceCase(batch, pages, HEADS, KV_HEADS, DIM)
+            for name in DECODE:
+                kernel = self.flashinfer.kernel(name, case, fixed_buffers=True)
+                result[name] = kernel.plan_microseconds()
+        return result
 
     _pool_key: tuple[int, ...] = ()
     _pools: torch.Tensor | None = None
@@ -180,8 +254,7 @@ class Bench:
                     q, k, v, is_causal=True, enable_gqa=True
                 )
 
-        repeats = max(2, min(20, int(8e-3 / (shape.flops / 400e12))))
-        return microseconds([launch] * repeats, 7, REST)
+        return shape.time([launch])
 
 
 def default_options(bench: Bench, shape: Shape) -> PlanOptions:
@@ -204,7 +277,7 @@ def sweep(bench: Bench, shape: Shape, options: PlanOptions) -> None:
     }
     for name, values in knobs.items():
         times = [
-            bench.attention(shape, replace(options, **{name: value}), check=False)[0]
+            bench.attention(shape, replace(options, **{name: value}), check=False).time
             for value in values
         ]
         line = ", ".join(f"{v}: {t:.1f}" for v, t in zip(values, times, strict=True))
@@ -220,13 +293,17 @@ def main() -> None:
     parser.add_argument("--tiles", action="store_true", help="prefill with every tile")
     arguments = parser.parse_args()
     bench = Bench(arguments.module)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for shape in SHAPES:
         if not fnmatch.fnmatch(shape.name, arguments.cases):
             continue
         options = default_options(bench, shape)
-        ours, error = bench.attention(shape, options)
-        row = {"suite": "attention", "case": shape.name, "error": error, "ours_us": ours}
+        measured = bench.attention(shape, options)
+        ours = measured.time
+        row: dict[str, Any] = {"suite": "attention", "case": shape.name}
+        row |= {"error": measured.error, "ours_us": ours}
+        peers = bench.peers(shape, measured)
+        del measured
         if shape.decode:
             bench._pools, bench._pool_key = None, ()
             row["floor_us"] = bench.read_floor(shape.kv_bytes)
@@ -236,36 +313,66 @@ def main() -> None:
             if arguments.tiles:
                 for tile in (64, 128):
                     o = replace(options, tile_rows=tile, num_workers=bench.module.num_workers(tile))
-                    time = bench.attention(shape, o, check=False)[0]
+                    time = bench.attention(shape, o, check=False).time
                     row[f"tile_{tile}"] = shape.flops / time * 1e-6
             for name, backend in (
                 ("cudnn", SDPBackend.CUDNN_ATTENTION),
                 ("flash", SDPBackend.FLASH_ATTENTION),
             ):
-                time = bench.sdpa(shape, backend)
-                if time is not None:
-                    row[name] = shape.flops / time * 1e-6
+                dense_time = bench.sdpa(shape, backend)
+                if dense_time is not None:
+                    row[name] = shape.flops / dense_time * 1e-6
+        if peers:
+            row["flashinfer_us"] = peers
+            row["best_peer"] = min(peers, key=lambda name: peers[name])
+            row["of_best_peer"] = peers[row["best_peer"]] / ours
         rows.append(row)
-        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}))
+        print(
+            json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}),
+            flush=True,
+        )
         if arguments.sweep and shape.decode:
             sweep(bench, shape, options)
+    plan_shape = Shape("plan 256x4096", [1] * 256, [4096] * 256)
+    plan_times = None
+    if fnmatch.fnmatch(plan_shape.name, arguments.cases):
+        plan_times = bench.host_plan(plan_shape, default_options(bench, plan_shape))
     if arguments.json is not None:
-        machine = {"device": torch.cuda.get_device_name(0), "torch": torch.__version__}
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        report = {
+            "machine": {"device": torch.cuda.get_device_name(0), "torch": torch.__version__},
+            "flashinfer": bench.flashinfer.version if bench.flashinfer else None,
+            "rows": rows,
+            "plan_256x4096_host_us": plan_times,
+            "largest_difference_of_a_peer": bench.difference,
+            "skipped": bench.skipped,
+        }
+        arguments.json.write_text(json.dumps(report, indent=1))
     print(f"\n{'case':26} {'error':>8} {'ours':>10} {'floor':>8} {'share':>6}  peers")
     for row in rows:
+        best = ""
+        if "best_peer" in row:
+            peers = {k: round(v, 1) for k, v in row["flashinfer_us"].items()}
+            best = f"{row['of_best_peer']:.2f}x FlashInfer's {row['best_peer']}, of {peers} us"
         if "share" in row:
             print(
                 f"{row['case']:26} {row['error']:8.1e} {row['ours_us']:8.1f}us "
-                f"{row['floor_us']:8.1f} {row['share']:6.1%}"
+                f"{row['floor_us']:8.1f} {row['share']:6.1%}  {best}"
             )
         else:
-            skip = ("suite", "case", "error", "ours_us", "tflops")
-            peers = {k: round(v) for k, v in row.items() if k not in skip}
+            dense = {
+                k: round(row[k]) for k in ("cudnn", "flash", "tile_64", "tile_128") if k in row
+            }
             print(
                 f"{row['case']:26} {row['error']:8.1e} {row['tflops']:6.0f}TF/s {'':8} {'':6}  "
-                f"{peers}"
+                f"{best} {dense}"
             )
+    if plan_times is not None:
+        plans = ", ".join(f"{name} {value:.1f}" for name, value in plan_times.items())
+        print(f"host time of a plan, 256x4096, us: {plans}")
+    if bench.flashinfer is not None:
+        print(f"flashinfer {bench.flashinfer.version}: largest difference {bench.difference:.1e}")
+    for what, reason in bench.skipped.items():
+        print(f"skipped: {what}: {reason}")
 
 
 if __name__ == "__main__":

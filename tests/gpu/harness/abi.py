@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from ctypes import POINTER, c_bool, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, field
+from statistics import median
 
 import numpy as np
 import numpy.typing as npt
@@ -160,6 +162,7 @@ class Plan:
     max_partials: int
     imbalance: float
     items: Int32Array = field(repr=False)  # [n, 8]
+    host_time: float  # microseconds in the scheduler, the median of the repeats
 
     @property
     def num_partials(self) -> int:
@@ -206,6 +209,7 @@ class PlanLibrary:
         num_kv_heads: int,
         o: PlanOptions,
         bounds: PlanBounds | None = None,
+        repeats: int = 1,
     ) -> Plan:
         """Plan a batch, by default within bounds that just hold it."""
         group = num_qo_heads // num_kv_heads
@@ -262,7 +266,11 @@ class PlanLibrary:
         self.lib.harness_plan_layout(ctypes.byref(bounds), sizes)
         buffer = np.zeros(sizes[0], np.int32)
         scheduler = self.lib.harness_scheduler_create(ctypes.byref(bounds))
-        error = self.lib.harness_plan(scheduler, ctypes.byref(schedule), pointer(buffer))
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            error = self.lib.harness_plan(scheduler, ctypes.byref(schedule), pointer(buffer))
+            times.append((time.perf_counter() - begin) * 1e6)
         imbalance = self.lib.harness_imbalance(scheduler)
         self.lib.harness_scheduler_destroy(scheduler)
         if error:
@@ -271,7 +279,7 @@ class PlanLibrary:
         self.set_plan(params, buffer.ctypes.data, bounds)
         at = (params.plan.section_9 - buffer.ctypes.data) // 4
         items = buffer[at : at + 8 * int(buffer[0])].reshape(-1, 8)
-        return Plan(buffer, bounds, max(1, int(sizes[2])), imbalance, items)
+        return Plan(buffer, bounds, max(1, int(sizes[2])), imbalance, items, median(times))
 
     def set_plan(self, params: AttentionParams, base: int, bounds: PlanBounds) -> None:
         """Point params at a plan buffer in host or device memory."""
