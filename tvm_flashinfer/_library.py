@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 
 from tvm_flashinfer._blas import register_blas
+from tvm_flashinfer._threads import use_every_core
 
 LIBRARY_NAME = "libtvm_flashinfer.so"
 ENV_LIBRARY = "TVM_FLASHINFER_LIBRARY"
@@ -140,6 +141,7 @@ def load() -> Path:
     except OSError as error:
         raise LibraryError(f"{path} can't be loaded: {error}") from error
     register_blas()
+    use_every_core()
     return path
 
 

@@ -119,8 +119,8 @@ class WrapNegativeIndices(relax.PyExprMutator):
 @heavy
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_importer_misreads_falcon(attention: str) -> None:
-    """``qkv[:, :, [-1]]`` is imported as a take of -1, which reads out of bounds: TVM's own result is
-    wrong. With the indices counted from the end the model is right, before our pass and after.
+    """``qkv[:, :, [-1]]`` is imported as a take of -1, which reads out of bounds: TVM's own result
+    is wrong. With indices counted from the end the model is right, before our pass and after.
     """
     model, args = zoo.OneOutput("falcon", attention), zoo.example("falcon")
     mod = zoo.import_module(model, args)

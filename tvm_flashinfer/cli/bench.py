@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from .._threads import num_threads
 from ..errors import UserError
 from .output import Stages, errors, screen
 
@@ -40,7 +41,7 @@ def run_bench(
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"{json_file} can't be written: its folder doesn't exist.")
     load()
-    count = threads or _threads()
+    count = threads or num_threads()
     report = Report(machine=describe(count), versions=versions())
     with Stages() as stages, tempfile.TemporaryDirectory(prefix="tvm-flashinfer-") as folder:
         context = Context(
@@ -71,11 +72,3 @@ def _compile(checkpoint: Path, directory: Path, attention: str, max_seq_len: int
 
     options = Options(dtype="float32", attention=attention, max_batch=1, max_seq_len=max_seq_len)
     compile_checkpoint(checkpoint, directory, options, progress=lambda stage: None)
-
-
-def _threads() -> int:
-    """What TVM's thread pool takes by default."""
-    named = os.environ.get("TVM_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS")
-    if named and named.isdigit():
-        return int(named)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
