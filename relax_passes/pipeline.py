@@ -316,33 +316,18 @@ def lower_pipeline(
     from relax_passes.dispatch_linear import DispatchLinear
     from relax_passes.fold_layout import FoldLayout
     from relax_passes.fuse_norm import FuseRMSNorm
+    from relax_passes.lowering import fuse_passes, memory_passes, vm_passes
     from relax_passes.schedule_cpu import ScheduleElementwise
 
-    transform = relax.transform
     return tvm.transform.Sequential(
         [
             DispatchLinear(target),
             FuseRMSNorm(),
             FoldLayout(),
-            transform.LegalizeOps(),
-            transform.AnnotateTIROpPattern(),
-            transform.FoldConstant(),
-            transform.FuseOps(),
-            transform.FuseTIR(),
-            # Before scheduling, which would hide that a function is a mere reshape.
-            transform.RewriteDataflowReshape(),
-            transform.DeadCodeElimination(),
+            *fuse_passes(),
             ScheduleElementwise(),
-            transform.ToNonDataflow(),
-            transform.RemovePurityChecking(),
-            transform.CallTIRRewrite(),
-            transform.StaticPlanBlockMemory(),
-            transform.LowerAllocTensor(),
-            transform.KillAfterLastUse(),
-            transform.LowerRuntimeBuiltin(),
-            transform.ComputePrimValue(),
-            transform.VMShapeLower(),
-            transform.AttachGlobalSymbol(),
+            *memory_passes(),
+            *vm_passes(),
         ]
     )
 

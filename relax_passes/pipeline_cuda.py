@@ -38,8 +38,7 @@ def lower_pipeline(
     from relax_passes.dispatch_linear import DispatchLinear
     from relax_passes.fold_layout import FoldLayout
     from relax_passes.fuse_norm import FuseRMSNorm
-
-    transform = relax.transform
+    from relax_passes.lowering import fuse_passes, memory_passes, vm_passes
 
     @tvm.transform.module_pass(opt_level=0, name="LowerForCUDA")
     def run(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
@@ -48,14 +47,7 @@ def lower_pipeline(
             FuseRMSNorm(target),
             FoldLayout(),
             *([PrepareCapture()] if capture else []),
-            transform.LegalizeOps(),
-            transform.AnnotateTIROpPattern(),
-            transform.FoldConstant(),
-            transform.FuseOps(),
-            transform.FuseTIR(),
-            # Before scheduling, which would hide that a function is a mere reshape.
-            transform.RewriteDataflowReshape(),
-            transform.DeadCodeElimination(),
+            *fuse_passes(),
             dlight.ApplyDefaultSchedule(
                 dlight.gpu.Matmul(),
                 dlight.gpu.GEMV(),
@@ -63,21 +55,11 @@ def lower_pipeline(
                 dlight.gpu.GeneralReduction(),
                 dlight.gpu.Fallback(),
             ),
-            transform.ToNonDataflow(),
-            transform.RemovePurityChecking(),
-            transform.CallTIRRewrite(),
-            transform.StaticPlanBlockMemory(),
+            *memory_passes(),
         ]
         if capture:
-            passes += [transform.RewriteCUDAGraph(), KeyGraphs()]
-        passes += [
-            transform.LowerAllocTensor(),
-            transform.KillAfterLastUse(),
-            transform.LowerRuntimeBuiltin(),
-            transform.ComputePrimValue(),
-            transform.VMShapeLower(),
-            transform.AttachGlobalSymbol(),
-        ]
+            passes += [relax.transform.RewriteCUDAGraph(), KeyGraphs()]
+        passes += vm_passes()
         config = {"relax.backend.use_cuda_graph": capture}
         with target, tvm.transform.PassContext(opt_level=3, config=config):
             return tvm.transform.Sequential(passes)(mod)

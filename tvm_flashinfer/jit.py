@@ -112,6 +112,10 @@ class KernelArtifact:
     library_path: str
     symbol: str
 
+    def exists(self) -> bool:
+        """Whether it has been compiled."""
+        return Path(self.library_path).is_file() and Path(self.object_path).is_file()
+
 
 def find_compiler() -> str:
     """The C++ compiler: ``$CXX``, else ``g++``, ``clang++`` or ``c++`` on the path."""
@@ -159,6 +163,12 @@ def _headers_digest() -> str:
 def cache_dir() -> Path:
     """The folder that compiled kernels are kept in."""
     return Path(os.environ.get("TVM_FFI_CACHE_DIR", "~/.cache/tvm-ffi")).expanduser()
+
+
+def artifact(symbol: str) -> KernelArtifact:
+    """Where the cache keeps, or will keep, a kernel."""
+    folder = cache_dir() / symbol
+    return KernelArtifact(str(folder / "kernel.o"), str(folder / "kernel.so"), symbol)
 
 
 def kernel_source(spec: AttentionSpec, table: str) -> str:
@@ -225,13 +235,12 @@ def build_attention(
     key = repr((source, flags, meaning, _headers_digest(), compiler, _compiler_version(compiler)))
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     symbol = f"tvm_flashinfer_{spec.label}_{digest}"
-    folder = cache_dir() / symbol
-    done = KernelArtifact(str(folder / "kernel.o"), str(folder / "kernel.so"), symbol)
-    if Path(done.library_path).is_file() and Path(done.object_path).is_file():
+    done = artifact(symbol)
+    if done.exists():
         return done
     if progress is not None:
         progress(f"compile attention kernel {spec.label} (usually {USUAL_SECONDS} s)")
-    _build(spec, symbol, folder, compiler, flags)
+    _build(spec, symbol, cache_dir() / symbol, compiler, flags)
     return done
 
 

@@ -22,6 +22,7 @@ from .jit import (
     CompilerError,
     KernelArtifact,
     Progress,
+    artifact,
     cache_dir,
     find_compiler,
 )
@@ -294,13 +295,12 @@ def _cached(
     progress: Progress | None,
 ) -> KernelArtifact:
     """The artifact of that name, compiled unless it is there."""
-    folder = cache_dir() / symbol
-    done = KernelArtifact(str(folder / "kernel.o"), str(folder / "kernel.so"), symbol)
-    if Path(done.library_path).is_file() and Path(done.object_path).is_file():
+    done = artifact(symbol)
+    if done.exists():
         return done
     if progress is not None:
         progress(f"compile CUDA kernel {label} (usually {USUAL_SECONDS} s)")
-    _build(folder, flags, source, glue, exports)
+    _build(cache_dir() / symbol, flags, source, glue, exports)
     return done
 
 

@@ -141,7 +141,7 @@ def _row(context: Context, case: Case) -> Row:
         contenders |= dict(_onnxruntime(context, batch))
         contenders |= dict(_tir(context, batch))
     if case.is_decode:
-        contenders["floor"] = batch.read(context.threads)
+        contenders["floor"] = batch.read()
         seconds, samples = measure(contenders)
         work, unit, floor_rate = case.kv_bytes / 1e9, "GB/s", case.kv_bytes / 1e9
     else:
@@ -256,8 +256,8 @@ class Batch:
         params = None if plain else dict(case.params) or None
         return lambda turn: attention.run(self.q, self.pool, params=params, out=self.out)
 
-    def read(self, threads: int) -> Call:
-        """Reads as many bytes of the pool as the case must, on as many threads."""
+    def read(self) -> Call:
+        """Reads as many bytes of the pool as the case must, on PyTorch's threads."""
         import torch
 
         flat = self.pool.view(-1)[: self.case.kv_bytes // self.case.itemsize].view(torch.int32)

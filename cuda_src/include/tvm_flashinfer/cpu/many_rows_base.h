@@ -131,25 +131,17 @@ class ManyRowsBase {
   /*! Keys of a block as float32, transformed by the variant; `buffer` as for TransformBlock. */
   void TransformKeys(const Block& block, const KVRows<TKV>& pool, float* buffer,
                      const float** rows) {
-    int32_t slots[kBlockKV];
-    pool.Slots(block.begin, block.count, slots);
-    TransformBlock<kDimQK>(
-        block.k, block.count, RowIndex{0, block.position, 0, item_.head, 0, {}}, slots,
-        [this](const auto& x, const auto& at) {
-          return Variant::template Key<SimdLanes>(variant_, x, at);
-        },
-        buffer, rows);
+    TransformRows<kDimQK>(block, block.k, pool, buffer, rows,
+                          [this](const auto& x, const auto& at) {
+                            return Variant::template Key<SimdLanes>(variant_, x, at);
+                          });
   }
   void TransformValues(const Block& block, const KVRows<TKV>& pool, float* buffer,
                        const float** rows) {
-    int32_t slots[kBlockKV];
-    pool.Slots(block.begin, block.count, slots);
-    TransformBlock<kDimVO>(
-        block.v, block.count, RowIndex{0, block.position, 0, item_.head, 0, {}}, slots,
-        [this](const auto& x, const auto& at) {
-          return Variant::template Value<SimdLanes>(variant_, x, at);
-        },
-        buffer, rows);
+    TransformRows<kDimVO>(block, block.v, pool, buffer, rows,
+                          [this](const auto& x, const auto& at) {
+                            return Variant::template Value<SimdLanes>(variant_, x, at);
+                          });
   }
 
   /*!
@@ -217,6 +209,15 @@ class ManyRowsBase {
   int32_t *q_idx_, *q_head_, *request_;
 
  private:
+  template <int kDim, typename Transform>
+  void TransformRows(const Block& block, const TKV* const* source, const KVRows<TKV>& pool,
+                     float* buffer, const float** rows, const Transform& transform) {
+    int32_t slots[kBlockKV];
+    pool.Slots(block.begin, block.count, slots);
+    const RowIndex first{0, block.position, 0, item_.head, 0, {}};
+    TransformBlock<kDim>(source, block.count, first, slots, transform, buffer, rows);
+  }
+
   float* scratch_;
   const Block* prefetch_ = nullptr;
   int32_t prefetch_line_ = 0;
