@@ -10,19 +10,6 @@ import pytest
 from tvm_flashinfer.attention import BatchAttention
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "heavy: takes long; runs when asked for with `-m heavy`")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.option.markexpr:
-        return
-    heavy = [item for item in items if item.get_closest_marker("heavy")]
-    if heavy:
-        config.hook.pytest_deselected(items=heavy)
-        items[:] = [item for item in items if not item.get_closest_marker("heavy")]
-
-
 @pytest.fixture
 def batch_attention() -> Callable[..., BatchAttention]:
     """``BatchAttention`` with bounds that fit small tests, unless given."""

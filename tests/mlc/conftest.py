@@ -20,7 +20,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if WHY_NOT:
         for item in ours:
             item.add_marker(pytest.mark.skip(reason=WHY_NOT))
-    if "heavy" not in config.option.markexpr:
-        heavy = [item for item in ours if item.get_closest_marker("heavy")]
-        config.hook.pytest_deselected(items=heavy)
-        items[:] = [item for item in items if item not in heavy]
