@@ -321,11 +321,15 @@ def attention(
     layout: BlockSparseLayout | None = None,
     *,
     causal: bool = False,
+    variant: Variant | None = None,
+    params: Mapping[str, Any] | None = None,
     sm_scale: float | None = None,
     kv_layout: str = "NHD",
     return_lse: bool = False,
 ) -> Any:
     """Attention in one call: plan and run.
+
+    A step of many layers is faster with :class:`BatchAttention`, which plans once for all of them.
 
     Parameters
     ----------
@@ -337,7 +341,12 @@ def attention(
     layout : BlockSparseLayout, optional
         By default every query of a request sees every key of it.
     causal : bool
-        Whether a query sees no key past its own position; the last query stands on the last key.
+        Whether a query sees no key past its own position. The last query stands on the last key
+        unless the layout says otherwise (:meth:`BlockSparseLayout.top_left`, ``at_positions``).
+    variant : Variant, optional
+        What is computed per element, in place of ``causal``.
+    params : mapping, optional
+        The variant's parameters by name, as for :meth:`BatchAttention.run`.
     sm_scale, return_lse
         As for :meth:`BatchAttention.run`.
     kv_layout : str
@@ -348,6 +357,12 @@ def attention(
     tensor [..., query heads, head_dim_vo], or (tensor, float32 tensor [..., query heads])
         The output and, if asked for, the log-sum-exp.
     """
+    if causal and variant is not None:
+        raise ValueError(
+            "argument `causal` is True beside a `variant`, whose own mask holds: leave one out"
+        )
+    if params and variant is None:
+        raise ValueError("argument `params` is given without the `variant` that declares them")
     q_tensor, k_tensor = as_tensor("q", q), as_tensor("k", k)
     v_tensor = None if v is None else as_tensor("v", v)
     q_shape, k_shape = tuple(q_tensor.shape), tuple(k_tensor.shape)
@@ -378,7 +393,7 @@ def attention(
             str(k_tensor.dtype),
             q_shape[-1],
             (k_tensor if v_tensor is None else v_tensor).shape[-1],
-            "causal" if causal else "full",
+            variant or ("causal" if causal else "full"),
         ),
         (q_shape[-2], k_shape[-3 if kv_layout == "HND" and len(k_shape) > 3 else -2]),
         (
@@ -391,7 +406,9 @@ def attention(
     )
     with _SHARED_LOCK:
         batch.plan(layout)
-        return batch.run(q, k, v, sm_scale=sm_scale, return_lse=return_lse)
+        return batch.run(
+            q, k, v, sm_scale=sm_scale, params=params if variant else None, return_lse=return_lse
+        )
 
 
 #: Held while the one-shot function uses one of the objects that its calls share.
@@ -415,6 +432,7 @@ def _shared_batch(
         dtype=spec.q_dtype,
         kv_dtype=spec.kv_dtype,
         causal=spec.variant == "causal",
+        variant=None if isinstance(spec.variant, str) else spec.variant,
         kv_layout=kv_layout,
         max_requests=rows,
         max_q_tokens=tokens,

@@ -406,12 +406,22 @@ class BlockSparseLayout:
     def at_positions(self, q_position: ArrayLike) -> BlockSparseLayout:
         """The same layout with queries at given positions among their request's keys.
 
-        ``q_position`` is int ``[num_tokens]``. A causal query sees the keys up to its position, so
-        ``np.arange`` per request is top-left alignment.
+        ``q_position`` is int ``[num_tokens]``. A causal query sees the keys up to its position.
         """
         position = _vector("q_position", q_position, self.num_tokens)
         _check_range("q_position", position, -MAX_POSITION, MAX_POSITION)
         return replace(self, q_position=_int32(position))
+
+    def top_left(self) -> BlockSparseLayout:
+        """The same layout with every request's first query on its first key.
+
+        How ``torch.nn.functional.scaled_dot_product_attention(is_causal=True)`` aligns queries and
+        keys of different lengths.
+        """
+        counts = np.diff(self.qo_indptr)
+        return self.at_positions(
+            np.arange(self.num_tokens) - np.repeat(self.qo_indptr[:-1], counts)
+        )
 
     def query_slots(self) -> Int32Array:
         """Places in the pool of the queries' own keys, int32 [tokens]: page * page_size + offset.

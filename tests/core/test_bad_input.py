@@ -12,6 +12,7 @@ import torch
 import tvm_ffi
 from batches import PagedBatch
 
+from tvm_flashinfer import variants
 from tvm_flashinfer.attention import attention, merge_states
 from tvm_flashinfer.layout import BlockSparseLayout, LayoutLevel
 
@@ -265,3 +266,13 @@ def test_merge_states_names_the_argument(index, value, message):
 def test_one_call_names_the_argument(q, k, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         attention(q, k, k)
+
+
+def test_one_call_takes_one_mask():
+    q, k = f32(3, 6, 64), f32(5, 2, 64)
+    with pytest.raises(ValueError, match="argument `causal` is True beside a `variant`"):
+        attention(q, k, k, causal=True, variant=variants.soft_cap, params={"cap": 1.0})
+    with pytest.raises(ValueError, match="argument `params` is given without the `variant`"):
+        attention(q, k, k, params={"cap": 1.0})
+    with pytest.raises(ValueError, match="argument `params` lacks 'cap'"):
+        attention(q, k, k, variant=variants.soft_cap, params={})

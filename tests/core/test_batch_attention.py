@@ -11,6 +11,7 @@ import torch
 import tvm
 from batches import TOLERANCE, PagedBatch
 
+from tvm_flashinfer import variants
 from tvm_flashinfer.attention import attention, merge_states
 from tvm_flashinfer.layout import BlockSparseLayout, PrefixLevel
 
@@ -327,18 +328,42 @@ def test_shared_prefix_is_read_once_for_all_children(batch_attention):
 
 
 def test_queries_at_given_positions(batch_attention):
-    """Top-left alignment, and positions in any order."""
+    """Positions in any order, and some before the first key or past the last."""
     queries, keys = 30, 50
     q, k, v = random(queries, 6, 64), random(keys, 2, 64), random(keys, 2, 64, seed=1)
     layout = BlockSparseLayout.ragged([0, queries], [0, keys])
     step = batch_attention(6, 2, num_workers=4)
-    for position in (np.arange(queries), np.random.default_rng(0).integers(-2, 60, queries)):
-        step.plan(layout.at_positions(position))
-        o, lse = step.run(q, k, v, return_lse=True)
-        visible = np.arange(keys)[None] <= position[:, None]
-        expected_o, expected_lse = oracle.attend(q, k, v, 0.125, visible)
-        oracle.assert_close(o, expected_o, TIGHT)
-        oracle.assert_close(lse, expected_lse, TIGHT)
+    position = np.random.default_rng(0).integers(-2, 60, queries)
+    step.plan(layout.at_positions(position))
+    o, lse = step.run(q, k, v, return_lse=True)
+    visible = np.arange(keys)[None] <= position[:, None]
+    expected_o, expected_lse = oracle.attend(q, k, v, 0.125, visible)
+    oracle.assert_close(o, expected_o, TIGHT)
+    oracle.assert_close(lse, expected_lse, TIGHT)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(30, 50), (50, 30), (1, 9), (17, 17)])
+def test_top_left_is_how_torch_aligns(queries, keys):
+    q, k, v = (
+        torch.from_numpy(random(2, n, 4, 64, seed=seed))
+        for seed, n in enumerate((queries, keys, keys))
+    )
+    layout = BlockSparseLayout.dense(2, queries, keys).top_left()
+    o = attention(q, k, v, layout, causal=True)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double().transpose(1, 2) for x in (q, k, v)), is_causal=True
+    )
+    oracle.assert_close(o.numpy(), expected.transpose(1, 2).numpy(), 1e-5)
+
+
+def test_one_call_with_a_variant(batch, batch_attention):
+    """Its parameters are those of this call, though calls of the same shape share an object."""
+    q, k, v = batch.tensors()
+    for cap in (0.5, 3.0):
+        o = attention(q, k, v, batch.layout, variant=variants.soft_cap, params={"cap": cap})
+        step = batch_attention(6, 2, variant=variants.soft_cap)
+        step.plan(batch.layout)
+        assert torch.equal(o, step.run(q, k, v, params={"cap": cap}))
 
 
 @pytest.mark.parametrize("block", [(1, 1), (16, 16), (7, 64), (128, 5)])
