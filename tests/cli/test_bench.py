@@ -46,8 +46,10 @@ def test_charts(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from tvm_flashinfer.bench.plot import draw
 
-    files = draw(Report({}, {}, ROWS), tmp_path / "plots")
-    assert [file.name for file in files] == ["s-latency.png", "s-rate.png"]
+    curve = [dataclasses.replace(ROWS[0], along=("requests", n), ours=n) for n in (2, 8, 32)]
+    files = draw(Report({}, {}, [*ROWS, *curve]), tmp_path / "plots")
+    names = ["s-latency.png", "s-latency-curve.png", "s-rate.png"]
+    assert [file.name for file in files] == names
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
 
@@ -146,8 +148,9 @@ def test_suite_attention_on_small_batches(tmp_path: Path) -> None:
 def test_suite_schedule(tmp_path: Path) -> None:
     from tvm_flashinfer.bench.schedule import run
 
-    context = dataclasses.replace(small_context(tmp_path), cases="uniform 16x*")
+    context = dataclasses.replace(small_context(tmp_path), cases="random 16x*")
     run(context)
-    (row,) = context.report.rows
-    assert row.ours > 0
-    assert all(value > 0 for value in row.peers.values())
+    plan, share = context.report.rows
+    assert plan.ours > 0 and plan.along == ("requests", 16)
+    assert all(value > 0 for value in plan.peers.values())
+    assert 0 < share.ours < 100 and share.unit == "%"

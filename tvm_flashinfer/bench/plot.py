@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -12,7 +13,9 @@ __all__ = ["draw"]
 
 
 def draw(report: Report, directory: Path) -> list[Path]:
-    """Writes a bar chart for each (suite, metric) into ``directory``; returns the files.
+    """Writes a chart for each (suite, metric) into ``directory``; returns the files.
+
+    Bars for cases, and a curve for the rows that have an ``along``.
 
     Raises UserError if matplotlib isn't installed.
     """
@@ -30,8 +33,36 @@ def draw(report: Report, directory: Path) -> list[Path]:
     files = []
     for (suite, metric), rows in groups.items():
         name = re.sub(r"[^a-z0-9]+", "-", f"{suite} {metric}".lower()).strip("-")
-        files.append(_chart(rows, directory / f"{name}.png"))
+        bars = [row for row in rows if row.along is None]
+        if bars:
+            files.append(_chart(bars, directory / f"{name}.png"))
+        curve = [row for row in rows if row.along is not None]
+        if len(curve) > 1:
+            files.append(_curve(curve, directory / f"{name}-curve.png"))
     return files
+
+
+def _curve(rows: list[Row], path: Path) -> Path:
+    """One metric over what varies, both logarithmic, with a line that grows as n log n."""
+    from matplotlib.figure import Figure
+
+    points = sorted((row.along[1], row) for row in rows if row.along is not None)
+    sizes, rows = [size for size, _ in points], [row for _, row in points]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(sizes, [row.ours for row in rows], marker="o", label="ours")
+    for name in dict.fromkeys(name for row in rows for name in row.peers):
+        axes.plot(sizes, [row.peers.get(name, math.nan) for row in rows], marker="s", label=name)
+    growth = [size * math.log(size + 1) for size in sizes]
+    guide = [rows[0].ours * value / growth[0] for value in growth]
+    axes.plot(sizes, guide, color="black", linestyle="dotted", label="n log n")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel(rows[0].along[0] if rows[0].along else "")
+    axes.set_ylabel(f"{rows[0].metric}, {rows[0].unit} ({rows[0].better} is better)")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    return path
 
 
 def _chart(rows: list[Row], path: Path) -> Path:

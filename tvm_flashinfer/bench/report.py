@@ -28,6 +28,8 @@ class Row:
         such bound.
     peers: the same quantity of others, by name.
     samples: how many measurements ``ours`` is the median of.
+    along: for rows of one curve, what varies and its value here, as in ``("requests", 64)``; only
+        for charts.
     """
 
     suite: str
@@ -39,6 +41,7 @@ class Row:
     floor: float | None
     peers: Mapping[str, float]
     samples: int
+    along: tuple[str, float] | None = None
 
     def ratio(self, value: float) -> float:
         """How many times better ``ours`` is than ``value``."""
@@ -55,7 +58,10 @@ class Report:
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        for row in rows:
+            del row["along"]
+        return {**dataclasses.asdict(self), "rows": rows}
 
     def print(self, console: Console) -> None:
         """A table: ours, the floor and each peer, and ours as a multiple of them."""
@@ -68,10 +74,7 @@ class Report:
             floor = (
                 "-" if row.floor is None else f"{_number(row.floor)} ({row.ratio(row.floor):.0%})"
             )
-            peers = "\n".join(
-                f"{name} {_number(value)} ({row.ratio(value):.1f}x)"
-                for name, value in row.peers.items()
-            )
+            peers = "\n".join(_peer(row, name) for name in row.peers)
             ours = f"[bold]{_number(row.ours)}[/]"
             table.add_row(row.case, f"{row.metric}, {row.unit}", ours, floor, escape(peers))
         console.print(table)
