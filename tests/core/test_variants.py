@@ -9,89 +9,25 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
+from batches import TOLERANCE, PagedBatch
+from variant_definitions import DEFINITIONS, Definition, Grid, Params, Sizes, attend
 
 from tvm_flashinfer import variant as v
 from tvm_flashinfer import variants
 from tvm_flashinfer.attention import BatchAttention
-from tvm_flashinfer.layout import BlockSparseLayout
 
-HEADS, KV_HEADS, DIM = 6, 2, 32
-Q_LEN, KV_LEN = (40, 1, 3), (70, 33, 3)
-MAX_LEN = max(KV_LEN)
-
-
-class Grid:
-    """Index arrays of one request, broadcastable to [head, query, key]."""
-
-    def __init__(self, request: int) -> None:
-        q, kv = Q_LEN[request], KV_LEN[request]
-        self.request = request
-        self.head = np.arange(HEADS)[:, None, None]
-        self.q = (kv - q + np.arange(q))[None, :, None]
-        self.k = np.arange(kv)[None, None, :]
+#: Several tiles, a decode, one key, nothing to see, nothing to ask, a rest of every size.
+PAIRS = [(40, 97), (1, 300), (1, 1), (3, 0), (0, 17), (17, 54)]
+QUICK = {"soft_cap_window", "alibi", "custom_mask"}
+#: (page size, KV heads, group, head dim), each seen by some dtype of every variant.
+SHAPES = [(1, 4, 1, 32), (5, 1, 3, 64), (16, 4, 7, 80), (64, 1, 8, 128), (16, 2, 3, 256)]
+DTYPES = ["float32", "float16", "bfloat16"]
 
 
-Reference = Callable[[Grid, np.ndarray, dict[str, Any]], tuple[np.ndarray, Any]]
-
-
-def _causal(g: Grid) -> np.ndarray:
-    return g.k <= g.q
-
-
-REFERENCES: dict[str, tuple[Reference, Callable[[np.random.Generator], dict[str, Any]]]] = {
-    "sliding_window": (
-        lambda g, x, p: (x, _causal(g) & (g.k >= g.q - p["window_left"])),
-        lambda r: {"window_left": 9},
-    ),
-    "local_window": (
-        lambda g, x, p: (x, np.abs(g.k - g.q) <= p["window"]),
-        lambda r: {"window": 5},
-    ),
-    "streaming": (
-        lambda g, x, p: (
-            x,
-            _causal(g) & ((g.k >= g.q - p["window_left"]) | (g.k < p["sink"])),
-        ),
-        lambda r: {"window_left": 7, "sink": 3},
-    ),
-    "soft_cap_window": (
-        lambda g, x, p: (
-            p["cap"] * np.tanh(x / p["cap"]),
-            _causal(g) & (g.k >= g.q - p["window_left"]),
-        ),
-        lambda r: {"window_left": 20, "cap": 1.5},
-    ),
-    "alibi": (
-        lambda g, x, p: (x + p["slope"][g.head] * (g.k - g.q), _causal(g)),
-        lambda r: {"slope": r.random(HEADS, dtype=np.float32)},
-    ),
-    "bias": (
-        lambda g, x, p: (x + p["bias"][g.request, g.head, g.q, g.k], True),
-        lambda r: {
-            "bias": r.standard_normal((len(Q_LEN), HEADS, MAX_LEN, MAX_LEN), dtype=np.float32)
-        },
-    ),
-    "custom_mask": (
-        lambda g, x, p: (x, p["visible"][g.request, g.q, g.k]),
-        lambda r: {"visible": r.random((len(Q_LEN), MAX_LEN, MAX_LEN)) < 0.3},
-    ),
-    "prefix_lm": (
-        lambda g, x, p: (x, _causal(g) | (g.k < p["prefix"][g.request])),
-        lambda r: {"prefix": np.array([50, 0, 2], np.int32)},
-    ),
-    "packed_documents": (
-        lambda g, x, p: (
-            x,
-            _causal(g) & (p["document"][g.request, g.q] == p["document"][g.request, g.k]),
-        ),
-        lambda r: {"document": np.sort(r.integers(0, 4, (len(Q_LEN), MAX_LEN)), 1).astype("i4")},
-    ),
-    "head_scale": (
-        lambda g, x, p: (x * p["scale"][g.head], _causal(g)),
-        lambda r: {"scale": r.random(HEADS, dtype=np.float32) * 3},
-    ),
-}
+def test_every_shipped_variant_is_defined_here() -> None:
+    assert set(DEFINITIONS) == set(variants.SHIPPED)
 
 
 def _gated(at: v.ElementAt, x: Any, p: Any) -> Any:
@@ -112,85 +48,82 @@ USER_VARIANT = v.Variant(
 )
 
 
-def _operands(seed: int) -> tuple[BlockSparseLayout, np.ndarray, np.ndarray, np.ndarray]:
-    r = np.random.default_rng(seed)
-    layout = BlockSparseLayout.ragged(
-        np.cumsum([0, *Q_LEN], dtype=np.int32), np.cumsum([0, *KV_LEN], dtype=np.int32)
-    )
-    q = r.standard_normal((sum(Q_LEN), HEADS, DIM), dtype=np.float32)
-    k, w = (r.standard_normal((sum(KV_LEN), KV_HEADS, DIM), dtype=np.float32) for _ in "kv")
-    return layout, q, k, w
-
-
-def _oracle(
-    reference: Reference, q: np.ndarray, k: np.ndarray, w: np.ndarray, params: dict[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    outs, lses = [], []
-    q_at = kv_at = 0
-    for request, (nq, nk) in enumerate(zip(Q_LEN, KV_LEN, strict=True)):
-        group = HEADS // KV_HEADS
-        qs = q[q_at : q_at + nq].astype(np.float64)
-        ks, vs = (np.repeat(x[kv_at : kv_at + nk].astype(np.float64), group, 1) for x in (k, w))
-        logits, visible = reference(
-            Grid(request), np.einsum("qhd,khd->hqk", qs, ks) * DIM**-0.5, params
-        )
-        logits = np.where(visible, logits, -np.inf)
-        top = np.max(logits, -1, keepdims=True)
-        weights = np.exp(logits - np.where(np.isfinite(top), top, 0))
-        total = weights.sum(-1, keepdims=True)
-        probabilities = weights / np.where(total > 0, total, 1)
-        outs.append(np.einsum("hqk,khd->qhd", probabilities, vs))
-        with np.errstate(divide="ignore"):
-            lses.append((np.log(total) + np.where(np.isfinite(top), top, 0))[..., 0].T)
-        q_at, kv_at = q_at + nq, kv_at + nk
-    return np.concatenate(outs), np.concatenate(lses)
-
-
-def _check(variant: v.Variant, reference: Reference, params: dict[str, Any]) -> None:
-    layout, q, k, w = _operands(3)
+def _check(
+    variant: v.Variant,
+    definition: Definition,
+    params: Params | None = None,
+    *,
+    shape: tuple[int, int, int, int] = (5, 2, 3, 32),
+    dtype: str = "float32",
+    num_workers: int = 0,
+) -> None:
+    page_size, kv_heads, group, dim = shape
+    heads = kv_heads * group
+    batch = PagedBatch(PAIRS, page_size, (heads, kv_heads), (dim, dim), dtype, seed=dim)
+    sizes = Sizes(len(PAIRS), len(batch.q), heads, max(keys for _, keys in PAIRS), dim)
+    if params is None:
+        params = definition.params(np.random.default_rng(11), sizes)
     step = BatchAttention(
-        HEADS,
-        KV_HEADS,
-        DIM,
+        heads,
+        kv_heads,
+        dim,
+        dtype=dtype,
         variant=variant,
-        max_requests=len(Q_LEN),
-        max_q_tokens=len(q),
-        max_kv_pages=len(k),
+        max_requests=len(PAIRS),
+        max_q_tokens=len(batch.q),
+        max_kv_pages=batch.layout.num_pages,
+        num_workers=num_workers,
     )
-    step.plan(layout)
-    out, lse = step.run(q, k, w, params=params, return_lse=True)
-    want, want_lse = _oracle(reference, q, k, w, params)
-    assert np.abs(out - want).max() <= 1e-5 * np.abs(want).max()
-    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(want_lse))
-    seen = np.isfinite(want_lse)
-    np.testing.assert_allclose(lse[seen], want_lse[seen], rtol=1e-5, atol=1e-5)
-    assert not np.any(out[~seen])
+    # Tensors have no rows for queries before the first key: those stand on it.
+    grids = []
+    for request, (queries, keys) in enumerate(PAIRS):
+        first = sum(n for n, _ in PAIRS[:request])
+        grids.append(Grid(request, first, queries, keys, heads))
+    step.plan(batch.layout.at_positions(np.concatenate([g.q[0, :, 0] for g in grids])))
+    want = [
+        attend(definition, g, batch.q[g.rows], batch.k[r], batch.v[r], params)
+        for r, g in enumerate(grids)
+    ]
+    actual = step.run(*batch.tensors(), params=params, return_lse=definition.softmax)
+    o, lse = actual if definition.softmax else (actual, None)
+    oracle.assert_close(o.float().numpy(), np.concatenate([w[0] for w in want]), TOLERANCE[dtype])
+    if lse is not None:
+        want_lse = np.concatenate([w[1] for w in want])
+        oracle.assert_close(lse.numpy(), want_lse, 1e-5, "lse")
+        assert not np.any(o.float().numpy()[np.isneginf(want_lse)])
 
 
-@pytest.mark.parametrize("name", ["soft_cap_window", "alibi", "custom_mask"])
+@pytest.mark.parametrize("name", sorted(QUICK))
 def test_shipped_variant(name: str) -> None:
-    reference, params = REFERENCES[name]
-    _check(variants.SHIPPED[name], reference, params(np.random.default_rng(11)))
+    _check(variants.SHIPPED[name], DEFINITIONS[name])
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(
-    "name", sorted(set(REFERENCES) - {"soft_cap_window", "alibi", "custom_mask"})
-)
-def test_every_shipped_variant(name: str) -> None:
-    reference, params = REFERENCES[name]
-    _check(variants.SHIPPED[name], reference, params(np.random.default_rng(12)))
+@pytest.mark.parametrize("turn", range(2))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", sorted(DEFINITIONS))
+def test_every_variant_and_dtype(name: str, dtype: str, turn: int) -> None:
+    """Every shape is met by each variant: two by every dtype, in turn."""
+    at = sorted(DEFINITIONS).index(name) + 2 * DTYPES.index(dtype) + turn
+    _check(
+        variants.SHIPPED[name],
+        DEFINITIONS[name],
+        shape=SHAPES[at % len(SHAPES)],
+        dtype=dtype,
+        num_workers=(1, 7, 64)[at % 3],
+    )
 
 
 def test_a_users_variant() -> None:
     r = np.random.default_rng(5)
-    params = {name: r.random(HEADS, dtype=np.float32) for name in ("gate", "scale")}
+    params = {name: r.random(6, dtype=np.float32) for name in ("gate", "scale")}
 
-    def reference(g: Grid, x: np.ndarray, p: dict[str, Any]) -> tuple[np.ndarray, Any]:
+    def logits(g: Grid, x: np.ndarray, p: Params) -> np.ndarray:
         decay = np.sqrt(np.maximum(g.q - g.k, 0))
-        return np.tanh(x * p["gate"][g.head]) * p["scale"][g.head] - decay, g.k // 4 <= g.q // 4
+        return np.tanh(x * p["gate"][g.head]) * p["scale"][g.head] - decay
 
-    _check(USER_VARIANT, reference, params)
+    blocks = Definition(lambda g, p: g.k // 4 <= g.q // 4, logits=logits)
+    _check(USER_VARIANT, blocks, params)
 
 
 def test_causality_is_proven_from_the_mask() -> None:
@@ -240,19 +173,20 @@ def test_a_bad_variant_is_refused(make: Callable[[], object], message: str) -> N
 
 
 def test_bad_parameters_are_named() -> None:
-    layout, q, k, w = _operands(4)
+    batch = PagedBatch(PAIRS, 16, (6, 2), (32, 32))
+    q, k, w = (x.numpy() for x in batch.tensors())
     step = BatchAttention(
-        HEADS,
-        KV_HEADS,
-        DIM,
+        6,
+        2,
+        32,
         variant=variants.alibi,
-        max_requests=len(Q_LEN),
+        max_requests=len(PAIRS),
         max_q_tokens=len(q),
-        max_kv_pages=len(k),
+        max_kv_pages=batch.layout.num_pages,
     )
-    step.plan(layout)
+    step.plan(batch.layout)
     out = np.full_like(q, 7)
-    slope = np.ones(HEADS, np.float32)
+    slope = np.ones(6, np.float32)
     cases: list[tuple[dict[str, Any] | None, type[Exception], str]] = [
         (None, ValueError, "parameters are not set: it declares 1, the first is `slope`"),
         ({}, ValueError, "lacks 'slope'"),
