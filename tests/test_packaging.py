@@ -10,8 +10,11 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
+import oracle
 import pytest
 import tvm
+from tvm import relax
 
 import tvm_flashinfer
 from tvm_flashinfer import LibraryError, _library
@@ -157,3 +160,59 @@ def test_wheel_is_complete_and_works_where_it_is_unpacked(tmp_path: Path) -> Non
         str(site / "tvm_flashinfer/lib/libtvm_flashinfer.so"),
         str(site / "tvm_flashinfer/include"),
     ], result.stderr
+
+
+@pytest.fixture(scope="module")
+def tvm_without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with TVM as a machine that only runs models may have it."""
+    site = tmp_path_factory.mktemp("runtime_only")
+    installed = Path(tvm.__file__).parent
+    skipped = shutil.ignore_patterns("__pycache__", "lib", "include", "3rdparty", "src", "licenses")
+    shutil.copytree(installed, site / "tvm", ignore=skipped)
+    (site / "tvm" / "lib").mkdir()
+    for library in (installed / "lib").iterdir():
+        if "compiler" not in library.name:
+            (site / "tvm" / "lib" / library.name).symlink_to(library)
+    return site
+
+
+def test_a_compiled_model_needs_no_compiler(tvm_without_compiler: Path, tmp_path: Path) -> None:
+    """Its kernels are linked in; TVM's runtime and our library are all that runs it."""
+    from relax_passes.inject import InjectAttention
+    from relax_passes.targets import resolve_target
+
+    shape = (2, 40, 4, 32)
+    builder = relax.BlockBuilder()
+    operands = [relax.Var(name, relax.TensorType(shape, "float32")) for name in "qkv"]
+    with builder.function("main", operands):
+        attention = relax.op.nn.attention(*operands, causal_mask="TopLeft")
+        builder.emit_func_output(builder.emit(attention))
+    target = resolve_target("native")
+    mod = InjectAttention(target=target, strict=True)(builder.get())
+    tvm.compile(mod, target=target).export_library(str(tmp_path / "model.so"))
+    arrays = [np.random.default_rng(i).standard_normal(shape, dtype="f4") for i in range(3)]
+    np.savez(tmp_path / "operands.npz", *arrays)
+    done = run_python(
+        f"""
+import numpy as np, tvm, tvm_flashinfer
+from tvm.runtime import vm
+assert tvm.__file__.startswith({str(tvm_without_compiler)!r}), tvm.__file__
+try:
+    from tvm import relax
+except Exception:
+    pass
+else:
+    raise AssertionError("the compiler is there after all")
+arrays = np.load({str(tmp_path / "operands.npz")!r})
+machine = vm.VirtualMachine(tvm.runtime.load_module({str(tmp_path / "model.so")!r}), tvm.cpu())
+out = machine["main"](*(tvm.runtime.tensor(a) for a in arrays.values()))
+np.save({str(tmp_path / "out.npy")!r}, out.numpy())
+""",
+        PYTHONPATH=str(tvm_without_compiler),
+    )
+    assert done.returncode == 0, done.stderr
+    q, k, v = arrays
+    out = np.load(tmp_path / "out.npy")
+    for b in range(shape[0]):
+        expected, _ = oracle.attend(q[b], k[b], v[b], 32**-0.5, oracle.bottom_right(40, 40))
+        oracle.assert_close(out[b], expected, 1e-5)
