@@ -276,6 +276,8 @@ def build_linear_row(dtype: str, *, arch: str, progress: Progress | None = None)
 def _flags(arch: str) -> list[str]:
     flags = ["-std=c++17", "-O3", "-cudart", "none"]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    if arch == "90a":  # told to the host compiler too, which launches what the device compiler made
+        flags.append("-DTVM_FLASHINFER_SM90A")
     return [*flags, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 

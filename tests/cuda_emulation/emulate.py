@@ -22,6 +22,7 @@ from harness.abi import (
 from harness.layouts import token_slots
 
 DTYPES = {"BFloat16": ml_dtypes.bfloat16, "Float16": np.float16}
+TOLERANCE = {"BFloat16": 1e-2, "Float16": 2e-3}
 Array = npt.NDArray
 
 
@@ -149,3 +150,21 @@ def run(
     if tickets.any():
         raise RuntimeError("tickets did not return to zero")
     return o.astype(np.float64), lse, plan
+
+
+def check(module: ctypes.CDLL, plans: PlanLibrary, case: Case, options: PlanOptions) -> Plan:
+    """Run in both emulated orders; compare with the oracle, and the orders bit for bit."""
+    o, lse, plan = run(module, plans, case, options)
+    want_o, want_lse = case.oracle()
+    assert np.array_equal(np.isneginf(lse), np.isneginf(want_lse))
+    finite = np.isfinite(want_lse)
+    assert np.all(o[~finite] == 0)
+    error = np.linalg.norm(o - want_o) / max(np.linalg.norm(want_o), 1e-30)
+    assert error < TOLERANCE[case.element]
+    # The spread of LSE grows with the logits, whose products are exact in float32 only to 1e-6.
+    scale = np.abs(want_lse[finite]).max(initial=1.0)
+    assert np.abs(lse[finite] - want_lse[finite]).max(initial=0) < 1e-5 * scale + 1e-4
+    again_o, again_lse, _ = run(module, plans, case, options, reversed_order=True)
+    assert np.array_equal(o, again_o)
+    assert np.array_equal(lse, again_lse)
+    return plan

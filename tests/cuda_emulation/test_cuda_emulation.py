@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulate import Case, run
+from emulate import Case, check, run
 from harness.abi import PlanLibrary, PlanOptions
 from harness.build import Compiled, ModuleSpec, build_all, build_emulated, build_plan
 from harness.layouts import paged, shared_prefix
@@ -22,7 +22,6 @@ MODULES = {
     "window": ModuleSpec("Float16", 80, 80, WINDOW_CAP, (16, 64)),
     "wide": ModuleSpec("BFloat16", 256, 256, CAUSAL, (16,)),
 }
-TOLERANCE = {"BFloat16": 1e-2, "Float16": 2e-3}
 
 
 @pytest.fixture(scope="session")
@@ -45,29 +44,6 @@ def modules(build_folder: Path) -> dict[str, ctypes.CDLL]:
     return {name: ctypes.CDLL(str(c.library)) for name, c in zip(MODULES, compiled, strict=True)}
 
 
-def check(
-    modules: dict[str, ctypes.CDLL],
-    plans: PlanLibrary,
-    module: str,
-    case: Case,
-    options: PlanOptions,
-) -> None:
-    """Run in both emulated orders; compare with the oracle, and the orders bit for bit."""
-    o, lse, _ = run(modules[module], plans, case, options)
-    want_o, want_lse = case.oracle()
-    assert np.array_equal(np.isneginf(lse), np.isneginf(want_lse))
-    finite = np.isfinite(want_lse)
-    assert np.all(o[~finite] == 0)
-    error = np.linalg.norm(o - want_o) / max(np.linalg.norm(want_o), 1e-30)
-    assert error < TOLERANCE[case.element]
-    # The spread of LSE grows with the logits, whose products are exact in float32 only to 1e-6.
-    scale = np.abs(want_lse[finite]).max(initial=1.0)
-    assert np.abs(lse[finite] - want_lse[finite]).max(initial=0) < 1e-5 * scale + 1e-4
-    again_o, again_lse, _ = run(modules[module], plans, case, options, reversed_order=True)
-    assert np.array_equal(o, again_o)
-    assert np.array_equal(lse, again_lse)
-
-
 @pytest.mark.parametrize("page_size", [1, 5, 16])
 @pytest.mark.parametrize(("num_qo_heads", "num_kv_heads"), [(1, 1), (4, 2), (6, 2), (7, 1)])
 def test_decode_with_splits(modules, plans, page_size, num_qo_heads, num_kv_heads) -> None:
@@ -75,7 +51,7 @@ def test_decode_with_splits(modules, plans, page_size, num_qo_heads, num_kv_head
     batch, pages = paged([1, 1, 1, 1], [1, 300, 0, 77], page_size, rng)
     case = Case(batch, pages, num_qo_heads, num_kv_heads, 64)
     options = PlanOptions(tile_rows=16, num_workers=3, min_chunk=32, item_overhead=1)
-    check(modules, plans, "bf16", case, options)
+    check(modules["bf16"], plans, case, options)
 
 
 @pytest.mark.parametrize("tile_rows", [16, 32, 64, 128])
@@ -83,7 +59,7 @@ def test_prefill_tiles(modules, plans, tile_rows) -> None:
     rng = np.random.default_rng(tile_rows)
     batch, pages = paged([70, 3, 33], [70, 50, 120], 16, rng)
     options = PlanOptions(tile_rows=tile_rows, num_workers=4, min_chunk=64)
-    check(modules, plans, "bf16", Case(batch, pages, 4, 2, 64), options)
+    check(modules["bf16"], plans, Case(batch, pages, 4, 2, 64), options)
 
 
 def test_split_tiles_merge_in_plan_order(modules, plans) -> None:
@@ -92,7 +68,7 @@ def test_split_tiles_merge_in_plan_order(modules, plans) -> None:
     case = Case(batch, pages, 3, 1, 64)
     options = PlanOptions(tile_rows=32, num_workers=5, min_chunk=32, item_overhead=1)
     assert run(modules["bf16"], plans, case, options)[2].num_partials > 0
-    check(modules, plans, "bf16", case, options)
+    check(modules["bf16"], plans, case, options)
 
 
 def test_shared_tail(modules, plans) -> None:
@@ -102,7 +78,7 @@ def test_shared_tail(modules, plans) -> None:
     options = PlanOptions(tile_rows=16, num_workers=6, min_chunk=16, shared_tail=30)
     plan = run(modules["bf16"], plans, case, options)[2]
     assert plan.worker_indptr[-1] < len(plan.items)
-    check(modules, plans, "bf16", case, options)
+    check(modules["bf16"], plans, case, options)
 
 
 def test_more_states_than_one_merge_step(modules, plans) -> None:
@@ -111,7 +87,7 @@ def test_more_states_than_one_merge_step(modules, plans) -> None:
     options = PlanOptions(tile_rows=16, num_workers=50, min_chunk=16, item_overhead=0)
     case = Case(batch, pages, 2, 1, 64)
     assert run(modules["bf16"], plans, case, options)[2].num_partials > 32
-    check(modules, plans, "bf16", case, options)
+    check(modules["bf16"], plans, case, options)
 
 
 def test_fixed_chunks_make_results_independent_of_the_batch(modules, plans) -> None:
@@ -134,7 +110,7 @@ def test_shared_prefix_levels(modules, plans) -> None:
     rng = np.random.default_rng(4)
     batch, pages = shared_prefix(96, [1, 2, 1], [5, 40, 0], 8, rng)
     options = PlanOptions(tile_rows=16, num_workers=4, min_chunk=32)
-    check(modules, plans, "bf16", Case(batch, pages, 4, 2, 64), options)
+    check(modules["bf16"], plans, Case(batch, pages, 4, 2, 64), options)
 
 
 @pytest.mark.parametrize("tile_rows", [16, 64])
@@ -148,7 +124,7 @@ def test_window_soft_cap_and_odd_head_dim(modules, plans, tile_rows, sink) -> No
     options = PlanOptions(
         tile_rows=tile_rows, num_workers=4, window_left=37, attention_sink=sink, min_chunk=64
     )
-    check(modules, plans, "window", case, options)
+    check(modules["window"], plans, case, options)
 
 
 def test_rows_that_see_nothing(modules, plans) -> None:
@@ -156,7 +132,7 @@ def test_rows_that_see_nothing(modules, plans) -> None:
     # More queries than keys: the first queries stand before every key.
     batch, pages = paged([30, 4], [10, 0], 16, rng)
     options = PlanOptions(tile_rows=16, num_workers=2)
-    check(modules, plans, "bf16", Case(batch, pages, 2, 1, 64), options)
+    check(modules["bf16"], plans, Case(batch, pages, 2, 1, 64), options)
 
 
 @pytest.mark.parametrize("sm_scale", [0.125, -0.3, 0.0])
@@ -165,14 +141,14 @@ def test_scales_of_any_sign(modules, plans, sm_scale) -> None:
     batch, pages = paged([1, 5], [100, 40], 16, rng)
     case = Case(batch, pages, 2, 1, 64, "Float16", causal=False, sm_scale=sm_scale)
     options = PlanOptions(tile_rows=16, num_workers=2, causal=False)
-    check(modules, plans, "full", case, options)
+    check(modules["full"], plans, case, options)
 
 
 def test_logits_of_large_magnitude(modules, plans) -> None:
     rng = np.random.default_rng(8)
     batch, pages = paged([1, 3], [150, 60], 16, rng)
     case = Case(batch, pages, 4, 2, 64, logits_scale=300.0)
-    check(modules, plans, "bf16", case, PlanOptions(tile_rows=16, num_workers=3))
+    check(modules["bf16"], plans, case, PlanOptions(tile_rows=16, num_workers=3))
 
 
 def test_tree_positions(modules, plans) -> None:
@@ -180,14 +156,14 @@ def test_tree_positions(modules, plans) -> None:
     batch, pages = paged([6], [46], 16, rng)
     batch.q_position = np.array([40, 41, 41, 42, 42, 45], np.int32)
     options = PlanOptions(tile_rows=16, num_workers=2)
-    check(modules, plans, "bf16", Case(batch, pages, 2, 1, 64), options)
+    check(modules["bf16"], plans, Case(batch, pages, 2, 1, 64), options)
 
 
 def test_head_dim_256(modules, plans) -> None:
     rng = np.random.default_rng(10)
     batch, pages = paged([1, 7], [90, 7], 16, rng)
     case = Case(batch, pages, 2, 1, 256)
-    check(modules, plans, "wide", case, PlanOptions(tile_rows=16, num_workers=2))
+    check(modules["wide"], plans, case, PlanOptions(tile_rows=16, num_workers=2))
 
 
 def test_bad_operands_are_a_sentence(modules, plans) -> None:

@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <stdexcept>
@@ -35,15 +36,36 @@ using std::min;
 namespace emulation {
 
 constexpr int kLanes = 32;
+constexpr int kWarpgroup = 128;
 
 struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 
-/*! \brief A cp.async not yet performed. */
+/*! \brief A cp.async not yet performed; of zeros, if it comes from nowhere. */
 struct PendingCopy {
   uint8_t* to;
   const void* from;
+
+  void Perform() const {
+    if (from == nullptr) {
+      std::memset(to, 0, 16);
+    } else {
+      std::memcpy(to, from, 16);
+    }
+  }
+};
+
+/*! \brief One thread's part of a warpgroup's product not yet performed (wgmma_emulation.h). */
+struct PendingProduct {
+  float* c;        //!< accumulators, by eight columns four of them
+  int columns;     //!< n
+  uint32_t a[4];   //!< fragment, if a is not in shared memory
+  uint64_t a_at;   //!< descriptor, or 0
+  uint64_t b_at;   //!< descriptor
+  bool transpose;  //!< b is stored [k, n]
+  bool accumulate;
+  int type;  //!< of the elements: opaque here
 };
 
 struct Thread {
@@ -55,7 +77,9 @@ struct Thread {
   uint64_t seen = 0, mask = 0;
 
   bool Ready() const { return watched == nullptr || (*watched & mask) != seen; }
-  std::vector<PendingCopy> copies;  //!< not yet tied to a barrier
+  std::vector<PendingCopy> copies;                         //!< not yet tied to a barrier
+  std::vector<PendingProduct> products;                    //!< not yet committed
+  std::deque<std::vector<PendingProduct>> product_groups;  //!< not yet waited for
 };
 
 /*! \brief Counts arrivals; completes, and starts over, at the expected number. */
@@ -70,16 +94,27 @@ struct Rendezvous {
 struct MbarrierState {
   int expected = 0;
   int pending = 0;
+  int64_t bytes = 0;  //!< expected and not yet on their way
   uint64_t phase = 0;
   std::vector<PendingCopy> copies;
 
   void Init(int count) {
     expected = pending = count;
+    bytes = 0;
     phase = 0;
   }
   void Arrive() {
-    if (--pending > 0) return;
-    for (const PendingCopy& copy : copies) std::memcpy(copy.to, copy.from, 16);
+    --pending;
+    TryComplete();
+  }
+  /*! \brief Copies of as many bytes were issued (or, negative, announced). */
+  void CountBytes(int64_t count) {
+    bytes -= count;
+    TryComplete();
+  }
+  void TryComplete() {
+    if (pending > 0 || bytes != 0) return;
+    for (const PendingCopy& copy : copies) copy.Perform();
     copies.clear();
     pending = expected;
     ++phase;
@@ -93,7 +128,11 @@ class Block {
   static Block& Current() { return *current_; }
 
   Block(int threads, size_t shared_bytes, unsigned grid)
-      : threads_(threads), warps_(threads / kLanes), shared_bytes_(shared_bytes), grid_(grid) {
+      : threads_(threads),
+        warps_(threads / kLanes),
+        warpgroups_(threads / kWarpgroup),
+        shared_bytes_(shared_bytes),
+        grid_(grid) {
     if (threads % kLanes != 0) throw std::runtime_error("a block must consist of whole warps");
     storage_.resize(shared_bytes + 1024);
     const auto base = reinterpret_cast<uintptr_t>(storage_.data());
@@ -116,9 +155,12 @@ class Block {
       t.waiting = nullptr;
       t.watched = nullptr;
       t.copies.clear();
+      t.products.clear();
+      t.product_groups.clear();
       t.fiber.Start(&Block::Entry);
     }
     for (Rendezvous& w : warps_) w = Rendezvous{};
+    for (Rendezvous& g : warpgroups_) g = Rendezvous{};
     for (Rendezvous& b : barriers_) b = Rendezvous{};
     mbarriers_.clear();
     finished_ = 0;
@@ -157,6 +199,15 @@ class Block {
     Meet(w, kLanes, what, [&] { compute(w.operands); });
   }
 
+  /*! \brief All threads of a warpgroup meet; the last to arrive computes for `Thread* first` on. */
+  template <typename F>
+  void Warpgroup(const char* what, F compute) {
+    const size_t group = thread().index / kWarpgroup;
+    if (group >= warpgroups_.size()) Fail(std::string(what) + " outside a whole warpgroup");
+    Thread* first = &threads_[group * kWarpgroup];
+    Meet(warpgroups_[group], kWarpgroup, what, [&] { compute(first); });
+  }
+
   MbarrierState& Mbarrier(uint32_t address) {
     Shared(address, 8);
     return mbarriers_[address];
@@ -170,6 +221,15 @@ class Block {
   void Barrier(int id, int count) {
     if (id < 0 || id > 15) Fail("barrier ids are 0 to 15");
     Meet(barriers_[id], count, "barrier", [] {});
+  }
+
+  /*! \brief Arrive at a barrier that others wait at. */
+  void BarrierArrive(int id, int count) {
+    if (id < 0 || id > 15) Fail("barrier ids are 0 to 15");
+    Rendezvous& r = barriers_[id];
+    if (++r.arrived < count) return;
+    r.arrived = 0;
+    ++r.generation;
   }
 
   [[noreturn]] void Fail(const std::string& message) {
@@ -239,7 +299,7 @@ class Block {
   inline static Block* current_ = nullptr;
   Fiber caller_;
   std::vector<Thread> threads_;
-  std::vector<Rendezvous> warps_;
+  std::vector<Rendezvous> warps_, warpgroups_;
   Rendezvous barriers_[16];
   std::map<uint32_t, MbarrierState> mbarriers_;
   std::vector<uint8_t> storage_;

@@ -38,6 +38,11 @@ inline void CpAsync16(uint32_t shared, const void* global) {
   Block::Current().thread().copies.push_back({to, global});
 }
 
+inline void CpAsync16OrZero(uint32_t shared, const void* global, bool valid) {
+  CpAsync16(shared, global);
+  if (!valid) Block::Current().thread().copies.back().from = nullptr;
+}
+
 inline void StoreSharedZero16(uint32_t shared) {
   std::memset(Block::Current().Shared(shared, 16), 0, 16);
 }
@@ -141,6 +146,8 @@ inline int HighestBit(uint32_t x) { return 31 - __builtin_clz(x); }
 
 inline void NamedBarrier(int id, int threads) { Block::Current().Barrier(id, threads); }
 
+inline void NamedBarrierArrive(int id, int threads) { Block::Current().BarrierArrive(id, threads); }
+
 inline int32_t AtomicAddOrdered(int32_t* address, int32_t value) {
   const int32_t old = *address;
   *address = old + value;
@@ -153,5 +160,9 @@ inline float LoadL2(const float* address) { return *address; }
 }  // namespace ptx
 }  // namespace cuda
 }  // namespace tvm_flashinfer
+
+#if defined(TVM_FLASHINFER_SM90A)
+#include "wgmma_emulation.h"
+#endif
 
 #endif  // TVM_FLASHINFER_EMULATOR_PTX_EMULATION_H_

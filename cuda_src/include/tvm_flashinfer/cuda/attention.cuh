@@ -101,70 +101,6 @@ __device__ __forceinline__ void MultiplyPV(float (&o)[C::kHeadDimVO / 8][4],
   }
 }
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-/*! \brief As MultiplyQK, by warpgroups. */
-template <typename C>
-__device__ __forceinline__ void WarpgroupQK(float (&s)[C::kSliceKV / 8][4], const QFragments<C>& q,
-                                            const BlockLayout<C>& at, uint32_t k_tile) {
-  ptx::FenceAsyncProxy();
-  ptx::WgmmaFence();
-#pragma unroll
-  for (int k = 0; k < C::kHeadDimQK / 16; ++k) {
-    uint32_t a[4];
-    q.Get(a, at, k);
-    const uint32_t b = k_tile + k / 4 * C::KTile::kPanelBytes + k % 4 * 32;
-    ptx::Wgmma<typename C::T, false>(s, a, ptx::WgmmaOperand(b, 0), k > 0);
-  }
-  ptx::WgmmaCommit();
-  ptx::WgmmaWait<0>();
-}
-
-/*! \brief As MultiplyPV, by warpgroups. */
-template <typename C>
-__device__ __forceinline__ void WarpgroupPV(float (&o)[C::kHeadDimVO / 8][4],
-                                            const float (&s)[C::kSliceKV / 8][4], uint32_t v_tile) {
-  using T = typename C::T;
-  uint32_t a[C::kSliceKV / 16][4];
-#pragma unroll
-  for (int k = 0; k < C::kSliceKV / 16; ++k) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float* pair = s[2 * k + i / 2] + i % 2 * 2;
-      a[k][i] = ptx::Pack2<T>(pair[0], pair[1]);
-    }
-  }
-  ptx::FenceAsyncProxy();
-  ptx::WgmmaFence();
-#pragma unroll
-  for (int k = 0; k < C::kSliceKV / 16; ++k) {
-    ptx::Wgmma<T, true>(o, a[k], ptx::WgmmaOperand(v_tile + k * 2048, C::VTile::kPanelBytes), 1);
-  }
-  ptx::WgmmaCommit();
-  ptx::WgmmaWait<0>();
-}
-#endif  // __CUDA_ARCH_FEAT_SM90_ALL
-
-/*! \brief s = Q K^T, by the widest instruction there is for the tile. */
-template <typename C>
-__device__ __forceinline__ void ProductQK(float (&s)[C::kSliceKV / 8][4], const QFragments<C>& q,
-                                          const BlockLayout<C>& at, uint32_t k_tile) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if constexpr (C::kWarpgroups) return WarpgroupQK<C>(s, q, at, k_tile);
-#endif
-  MultiplyQK<C>(s, q, at, k_tile);
-}
-
-/*! \brief o += P V, likewise. */
-template <typename C>
-__device__ __forceinline__ void ProductPV(float (&o)[C::kHeadDimVO / 8][4],
-                                          const float (&s)[C::kSliceKV / 8][4],
-                                          const BlockLayout<C>& at, uint32_t v_tile) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if constexpr (C::kWarpgroups) return WarpgroupPV<C>(o, s, v_tile);
-#endif
-  MultiplyPV<C>(o, s, at, v_tile);
-}
-
 /*! \brief A consumer warp: every item of the block, as the producers publish them. */
 template <typename C, typename Variant>
 __device__ __forceinline__ void Consume(const AttentionParams& p,
@@ -200,7 +136,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& p,
       float s[C::kSliceKV / 8][4];
       ptx::MbarrierWait(pipeline.FullK(stages.slot), stages.phase);
       if (tile != TileClass::kEmpty) {
-        ProductQK<C>(s, q_fragments, at, pipeline.K(stages.slot));
+        MultiplyQK<C>(s, q_fragments, at, pipeline.K(stages.slot));
         if constexpr (Variant::kHasLogits) {
           mask.Transform(s, step, p.sm_scale);
         } else if (sign != 1.0f) {
@@ -214,7 +150,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& p,
         state.Update(s, scale);
       }
       ptx::MbarrierWait(pipeline.FullV(stages.slot), stages.phase);
-      if (tile != TileClass::kEmpty) ProductPV<C>(state.o, s, at, pipeline.V(stages.slot));
+      if (tile != TileClass::kEmpty) MultiplyPV<C>(state.o, s, at, pipeline.V(stages.slot));
       release(pipeline.Empty(stages.slot));
       stages.Advance();
     }
@@ -253,14 +189,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   if (warp < C::kConsumerWarps) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if constexpr (C::kWarpgroups) ptx::RaiseRegisters<C::kConsumerRegisters>();
-#endif
     Consume<C, Variant>(p, variant, pipeline);
   } else {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if constexpr (C::kWarpgroups) ptx::LowerRegisters<C::kProducerRegisters>();
-#endif
     Producer<C, Variant>(p, variant, pipeline, lane).Run(warp - C::kConsumerWarps);
   }
 }

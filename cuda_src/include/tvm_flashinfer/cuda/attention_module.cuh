@@ -30,8 +30,8 @@ thread_local char message[256];
 template <typename F>
 const char* WithInstance(int tile_rows, F f) {
   const char* error = nullptr;
-  const bool found = WithTile<Element, kHeadDimQK, kHeadDimVO, TVM_FLASHINFER_ROW_TILES>(
-      tile_rows, [&](auto config) { error = f(AttentionInstance<decltype(config), Variant>{}); });
+  const bool found = WithTile<Element, kHeadDimQK, kHeadDimVO, Variant, TVM_FLASHINFER_ROW_TILES>(
+      tile_rows, [&](auto instance) { error = f(instance); });
   if (found) return error;
   std::snprintf(message, sizeof(message), "no kernel was compiled for tile_rows = %d", tile_rows);
   return message;

@@ -82,8 +82,8 @@ class __attribute__((visibility("hidden"))) KernelTable {
   template <typename F>
   static const char* WithInstance(int32_t tile_rows, F f) {
     const char* error = nullptr;
-    const bool found = WithTile<T, kHeadDimQK, kHeadDimVO, kRows...>(
-        tile_rows, [&](auto config) { error = f(AttentionInstance<decltype(config), Variant>{}); });
+    const bool found = WithTile<T, kHeadDimQK, kHeadDimVO, Variant, kRows...>(
+        tile_rows, [&](auto instance) { error = f(instance); });
     if (found) return error;
     std::snprintf(Message(), 256, "no kernel was compiled for tile_rows = %d", tile_rows);
     return Message();

@@ -7,10 +7,14 @@
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 #include "../params.h"
 #include "attention.cuh"
 #include "tile_config.cuh"
+#if defined(TVM_FLASHINFER_SM90A)
+#include "warpgroup_attention.cuh"
+#endif
 
 namespace tvm_flashinfer {
 namespace cuda {
@@ -60,12 +64,12 @@ cudaError_t LaunchOverlapping(void (*kernel)(Params...), int blocks, int threads
 #endif
 
 /*!
- * \brief One compiled instance of the kernel.
+ * \brief A compiled kernel of shape `C`, as blocks of C::kThreads with C::kSharedBytes.
  *
  * Hidden: two modules of one process may hold the same instance, each with a kernel of its own.
  */
-template <typename C, typename Variant>
-struct __attribute__((visibility("hidden"))) AttentionInstance {
+template <typename C, auto kKernel>
+struct __attribute__((visibility("hidden"))) KernelInstance {
 #if !defined(TVM_FLASHINFER_CUDA_EMULATION)
   /*!
    * \brief Let the kernel use its shared memory on the current device. Done by every first launch;
@@ -78,8 +82,8 @@ struct __attribute__((visibility("hidden"))) AttentionInstance {
     if (error != cudaSuccess) return error;
     const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
     if (prepared.load(std::memory_order_relaxed) & bit) return cudaSuccess;
-    error = cudaFuncSetAttribute(AttentionKernel<C, Variant>,
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
+    error =
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
     if (error == cudaSuccess) prepared.fetch_or(bit, std::memory_order_relaxed);
     return error;
   }
@@ -88,34 +92,95 @@ struct __attribute__((visibility("hidden"))) AttentionInstance {
   static cudaError_t BlocksPerMultiprocessor(int* blocks) {
     const cudaError_t error = Prepare();
     if (error != cudaSuccess) return error;
-    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, AttentionKernel<C, Variant>,
-                                                         C::kThreads, C::kSharedBytes);
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kKernel, C::kThreads,
+                                                         C::kSharedBytes);
   }
 
-  static cudaError_t Launch(const AttentionParams& p, int num_workers, cudaStream_t stream) {
+  template <typename... Args>
+  static cudaError_t Launch(int num_workers, cudaStream_t stream, const Args&... args) {
     const cudaError_t error = Prepare();
     if (error != cudaSuccess) return error;
-    return LaunchOverlapping(AttentionKernel<C, Variant>, num_workers, C::kThreads, C::kSharedBytes,
-                             stream, p,
-                             *static_cast<const typename Variant::Params*>(p.variant_params));
+    return LaunchOverlapping(kKernel, num_workers, C::kThreads, C::kSharedBytes, stream, args...);
   }
 #else
-  static void Emulate(const AttentionParams& p, int num_workers, bool reversed) {
-    emulation::Launch(num_workers, C::kThreads, C::kSharedBytes, reversed, [&] {
-      AttentionKernel<C, Variant>(p,
-                                  *static_cast<const typename Variant::Params*>(p.variant_params));
-    });
+  template <typename... Args>
+  static void Emulate(int num_workers, bool reversed, const Args&... args) {
+    emulation::Launch(num_workers, C::kThreads, C::kSharedBytes, reversed,
+                      [&] { kKernel(args...); });
   }
 #endif
 };
 
+template <typename Variant>
+const typename Variant::Params& VariantParamsOf(const AttentionParams& p) {
+  return *static_cast<const typename Variant::Params*>(p.variant_params);
+}
+
+/*! \brief The kernel for tiles of `kRows` packed rows. */
+template <typename T, int kHeadDimQK, int kHeadDimVO, int kRows, typename Variant, typename = void>
+struct AttentionInstance {
+  using C = TileConfig<T, kHeadDimQK, kHeadDimVO, kRows>;
+  using Kernel = KernelInstance<C, &AttentionKernel<C, Variant>>;
+
+#if !defined(TVM_FLASHINFER_CUDA_EMULATION)
+  static cudaError_t BlocksPerMultiprocessor(int* blocks) {
+    return Kernel::BlocksPerMultiprocessor(blocks);
+  }
+  static cudaError_t Launch(const AttentionParams& p, int num_workers, cudaStream_t stream) {
+    return Kernel::Launch(num_workers, stream, p, VariantParamsOf<Variant>(p));
+  }
+#else
+  static void Emulate(const AttentionParams& p, int num_workers, bool reversed) {
+    Kernel::Emulate(num_workers, reversed, p, VariantParamsOf<Variant>(p));
+  }
+#endif
+};
+
+#if defined(TVM_FLASHINFER_SM90A)
+/*! \brief The same by warpgroups, where they serve the tile: two kernels, chosen by the pages. */
+template <typename T, int kHeadDimQK, int kHeadDimVO, int kRows, typename Variant>
+struct AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant,
+                         std::enable_if_t<FitsWarpgroups<Variant>(kHeadDimQK, kHeadDimVO, kRows)>> {
+  template <bool kBoxes>
+  using C = WarpgroupConfig<T, kHeadDimQK, kHeadDimVO, kRows, kBoxes>;
+  template <bool kBoxes>
+  using Kernel = KernelInstance<C<kBoxes>, &WarpgroupAttentionKernel<C<kBoxes>, Variant>>;
+
+#if !defined(TVM_FLASHINFER_CUDA_EMULATION)
+  static cudaError_t BlocksPerMultiprocessor(int* blocks) {
+    return Kernel<true>::BlocksPerMultiprocessor(blocks);
+  }
+  static cudaError_t Launch(const AttentionParams& p, int num_workers, cudaStream_t stream) {
+    const auto& variant = VariantParamsOf<Variant>(p);
+    KVMaps maps;
+    if (MakeKVMaps(p, kHeadDimQK, kHeadDimVO, &maps)) {
+      return Kernel<true>::Launch(num_workers, stream, p, variant, maps);
+    }
+    return Kernel<false>::Launch(num_workers, stream, p, variant, NoMaps{});
+  }
+#else
+  static void Emulate(const AttentionParams& p, int num_workers, bool reversed) {
+    const auto& variant = VariantParamsOf<Variant>(p);
+    KVMaps maps;
+    if (MakeKVMaps(p, kHeadDimQK, kHeadDimVO, &maps)) {
+      Kernel<true>::Emulate(num_workers, reversed, p, variant, maps);
+    } else {
+      Kernel<false>::Emulate(num_workers, reversed, p, variant, NoMaps{});
+    }
+  }
+#endif
+};
+#endif
+
 /*!
- * \brief Call `f(config)` with the tile of `rows` packed rows, one of the compiled `kRows...`.
+ * \brief Call `f(instance)` with the kernel for tiles of `rows` packed rows, one of the compiled
+ * `kRows...`.
  * \return false: no such tile.
  */
-template <typename T, int kHeadDimQK, int kHeadDimVO, int... kRows, typename F>
+template <typename T, int kHeadDimQK, int kHeadDimVO, typename Variant, int... kRows, typename F>
 bool WithTile(int rows, F f) {
-  return ((rows == kRows ? (f(TileConfig<T, kHeadDimQK, kHeadDimVO, kRows>{}), true) : false) ||
+  return ((rows == kRows ? (f(AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant>{}), true)
+                         : false) ||
           ...);
 }
 

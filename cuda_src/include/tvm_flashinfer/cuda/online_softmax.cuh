@@ -39,6 +39,18 @@ struct OnlineSoftmax {
   /*! \brief Replace logits by probabilities under the new maximum; rescale what was before. */
   template <int kLogitTiles>
   __device__ __forceinline__ void Update(float (&s)[kLogitTiles][4], float scale) {
+    float rescale[2];
+    if (Exponentiate(s, scale, rescale)) Rescale(rescale);
+  }
+
+  /*!
+   * \brief Update, but for `o`, which may still be the target of products in flight.
+   * \param rescale Factors of what `o` holds, by row.
+   * \return Whether they differ from 1 anywhere in the warp.
+   */
+  template <int kLogitTiles>
+  __device__ __forceinline__ bool Exponentiate(float (&s)[kLogitTiles][4], float scale,
+                                               float (&rescale)[2]) {
     float top[2], shift[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -52,17 +64,13 @@ struct OnlineSoftmax {
       shift[h] = (top[h] == TVM_FLASHINFER_NEG_INF ? 0.0f : top[h]) * scale;
     }
     // Maxima settle after a few tiles; until a row's rises, what is accumulated stands.
-    if (__any_sync(0xffffffffu, top[0] > max[0] || top[1] > max[1])) {
+    const bool rises = __any_sync(0xffffffffu, top[0] > max[0] || top[1] > max[1]);
+    if (rises) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float rescale = ptx::Exp2(max[h] * scale - shift[h]);
+        rescale[h] = ptx::Exp2(max[h] * scale - shift[h]);
         max[h] = top[h];
-        sum[h] *= rescale;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          o[n][2 * h] *= rescale;
-          o[n][2 * h + 1] *= rescale;
-        }
+        sum[h] *= rescale[h];
       }
     }
 #pragma unroll
@@ -72,6 +80,16 @@ struct OnlineSoftmax {
         s[n][e] = ptx::Exp2(s[n][e] * scale - shift[e / 2]);
         sum[e / 2] += s[n][e];
       }
+    }
+    return rises;
+  }
+
+  /*! \brief Multiply the output by Exponentiate's factors. */
+  __device__ __forceinline__ void Rescale(const float (&rescale)[2]) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) o[n][e] *= rescale[e / 2];
     }
   }
 

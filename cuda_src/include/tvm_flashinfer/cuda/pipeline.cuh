@@ -17,6 +17,7 @@ struct ItemInfo {
   WorkItem item;
   int32_t kv_position;  //!< position of the chunk's first token in its request
   int32_t q_lo, q_hi;   //!< positions that the tile's queries span, if the variant masks
+  int32_t pages;        //!< first of the row's page ids, in PlanView::kv_indices
   int32_t valid;        //!< 0: there are no more items
 };
 static_assert(sizeof(ItemInfo) <= 64, "an item slot is 64 bytes");

@@ -6,6 +6,7 @@
 #define TVM_FLASHINFER_CUDA_PRODUCER_CUH_
 
 #include "../params.h"
+#include "item_reader.cuh"
 #include "kv_gather.cuh"
 #include "pipeline.cuh"
 #include "ptx.cuh"
@@ -40,14 +41,14 @@ class Producer {
     WorkQueue queue(p_, lane_);
     RingCursor<C::kItemSlots> items;
     ItemInfo next;
-    next.valid = Fetch(&queue, &next);
+    next.valid = ReadItem<Variant>(p_, &queue, lane_, &next);
     while (next.valid != 0) {
       const ItemInfo info = next;
       const KGather gather(p_, p_.k, p_.k_strides, info.item, lane_, 0);
       const auto rows = gather.Resolve(0);
       Publish(info, &items);
       // The next item's record is fetched in the shadow of this one's copies.
-      next.valid = Fetch(&queue, &next);
+      next.valid = ReadItem<Variant>(p_, &queue, lane_, &next);
       LoadKSteps(info, gather, rows);
     }
     Publish(next, &items);
@@ -104,27 +105,6 @@ class Producer {
     if (info.valid != 0) QTile<C>(p_, info.item).Load(p_, lane_, pipeline_.Q(items->slot));
     Arrive(pipeline_.ItemFull(items->slot));
     items->Advance();
-  }
-
-  __device__ __forceinline__ bool Fetch(WorkQueue* queue, ItemInfo* info) const {
-    if (!queue->Pop(&info->item)) return false;
-    const WorkItem& item = info->item;
-    info->kv_position = p_.plan.KVPosition(item.level, item.row) + item.kv_begin;
-    info->q_lo = INT32_MAX;
-    info->q_hi = INT32_MIN;
-    if constexpr (Variant::kHasMask) {
-      for (int t = lane_; t < item.q_count; t += kWarpSize) {
-        const int position = p_.plan.q_position[item.q_begin + t];
-        info->q_lo = min(info->q_lo, position);
-        info->q_hi = max(info->q_hi, position);
-      }
-#pragma unroll
-      for (int delta = kWarpSize / 2; delta > 0; delta /= 2) {
-        info->q_lo = min(info->q_lo, __shfl_xor_sync(0xffffffffu, info->q_lo, delta));
-        info->q_hi = max(info->q_hi, __shfl_xor_sync(0xffffffffu, info->q_hi, delta));
-      }
-    }
-    return true;
   }
 
   template <typename Gather, typename Tile, typename Full>

@@ -1,8 +1,8 @@
 // Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
 //
-// Every PTX instruction the kernels use, and nothing else. Shared memory is addressed by 32-bit
-// shared-window addresses. The emulator provides the same functions for a host compiler, so a
-// kernel that keeps to this header runs on a CPU too.
+// Every PTX instruction the kernels use, and nothing else (ptx_warpgroup.cuh is its part for
+// sm_90a). Shared memory is addressed by 32-bit shared-window addresses. The emulator provides the
+// same functions for a host compiler, so a kernel that keeps to this header runs on a CPU too.
 #ifndef TVM_FLASHINFER_CUDA_PTX_CUH_
 #define TVM_FLASHINFER_CUDA_PTX_CUH_
 
@@ -47,6 +47,13 @@ __device__ __forceinline__ void Load16(uint32_t (&r)[4], const void* global) {
 /*! \brief Copy 16 bytes global -> shared, past L1. */
 __device__ __forceinline__ void CpAsync16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global)
+               : "memory");
+}
+
+/*! \brief As CpAsync16, or 16 bytes of zeros if not `valid`; nothing is read then. */
+__device__ __forceinline__ void CpAsync16OrZero(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(valid ? 16 : 0)
                : "memory");
 }
 
@@ -168,114 +175,6 @@ __device__ __forceinline__ uint32_t Pack2(float lo, float hi) {
   return packed;
 }
 
-// ---- Warpgroup products, sm_90a ----
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-/*!
- * \brief Descriptor of an operand in shared memory under a 128-byte swizzle (swizzle.cuh).
- * \param leading_bytes From one panel of 64 elements to the next, if those run along the operand's
- * outer (m or n) dimension; unused if they run along k.
- * Eight rows of a panel are 1024 bytes.
- */
-__device__ __forceinline__ uint64_t WgmmaOperand(uint32_t shared, int leading_bytes) {
-  return static_cast<uint64_t>((shared & 0x3ffff) >> 4) |
-         static_cast<uint64_t>(leading_bytes >> 4) << 16 | uint64_t{1024 >> 4} << 32 |
-         uint64_t{1} << 62;
-}
-
-/*! \brief Order register accesses before the products that follow. */
-__device__ __forceinline__ void WgmmaFence() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void WgmmaCommit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-/*! \brief Wait until at most `kPending` groups of products are in flight. */
-template <int kPending>
-__device__ __forceinline__ void WgmmaWait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-/*! \brief Make copies that this thread has seen visible to products. */
-__device__ __forceinline__ void FenceAsyncProxy() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-/*! \brief Change this warpgroup's registers a thread: up waits until others have let go. */
-template <int kCount>
-__device__ __forceinline__ void RaiseRegisters() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
-}
-template <int kCount>
-__device__ __forceinline__ void LowerRegisters() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
-}
-
-// c[64, n] (+)= a[64, 16] b[16, n], by a warpgroup; fragments as of MmaM16N8K16, 16 rows a warp.
-// b is stored [n, k], or [k, n] if kTransposeB.
-template <typename T, bool kTransposeB>
-__device__ __forceinline__ void Wgmma(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b,
-                                      int accumulate) {
-#define TVM_FLASHINFER_WGMMA(type)                                                                \
-  asm volatile(                                                                                   \
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %37, 0;\n\t"                                          \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                 \
-      " {"                                                                                        \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                    \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "         \
-      "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n\t}"                                             \
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), \
-        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), \
-        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), \
-        "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), \
-        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), \
-        "+f"(c[7][2]), "+f"(c[7][3])                                                              \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),                      \
-        "n"(kTransposeB ? 1 : 0))
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    TVM_FLASHINFER_WGMMA("bf16");
-  } else {
-    TVM_FLASHINFER_WGMMA("f16");
-  }
-#undef TVM_FLASHINFER_WGMMA
-}
-
-template <typename T, bool kTransposeB>
-__device__ __forceinline__ void Wgmma(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b,
-                                      int accumulate) {
-#define TVM_FLASHINFER_WGMMA(type)                                                                \
-  asm volatile(                                                                                   \
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"                                          \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                \
-      " {"                                                                                        \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                    \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "          \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "          \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "         \
-      "{%64, %65, %66, %67}, %68, p, 1, 1, %70;\n\t}"                                             \
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), \
-        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), \
-        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), \
-        "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), \
-        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), \
-        "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]), \
-        "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]),               \
-        "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]),           \
-        "+f"(c[11][2]), "+f"(c[11][3]), "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]),           \
-        "+f"(c[12][3]), "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]),           \
-        "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]),           \
-        "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])                                            \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),                      \
-        "n"(kTransposeB ? 1 : 0))
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    TVM_FLASHINFER_WGMMA("bf16");
-  } else {
-    TVM_FLASHINFER_WGMMA("f16");
-  }
-#undef TVM_FLASHINFER_WGMMA
-}
-
-#endif  // __CUDA_ARCH_FEAT_SM90_ALL
-
 // ---- Arithmetic ----
 
 /*! \brief 2^x within 2 ulp; 2^-inf is 0. */
@@ -316,6 +215,11 @@ __device__ __forceinline__ void NamedBarrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+/*! \brief Arrive at such a barrier without waiting for it. */
+__device__ __forceinline__ void NamedBarrierArrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 /*!
  * \brief Add. Device-wide, whoever sees the sum sees what this thread saw and did before; read what
  * others did with LoadL2.
@@ -346,6 +250,10 @@ __device__ __forceinline__ float LoadL2(const float* address) {
 }  // namespace ptx
 }  // namespace cuda
 }  // namespace tvm_flashinfer
+
+#if defined(TVM_FLASHINFER_SM90A)
+#include "ptx_warpgroup.cuh"
+#endif
 
 #endif  // TVM_FLASHINFER_CUDA_EMULATION
 

@@ -44,16 +44,9 @@ struct TileConfig {
   static constexpr int kSliceKV = kStepKV / kSlices;
   static constexpr bool kQInRegisters = kHeadDimQK <= 128;
 
-  // Two warpgroups of consumers, whose products wgmma can do where it exists (sm_90a). There the
-  // producers are a warpgroup of their own, which gives its registers to the others.
-  static constexpr bool kWarpgroups = kRows == 128 && kStepKV == 64 && kHeadDimQK % 64 == 0 &&
-                                      (kHeadDimVO == 64 || kHeadDimVO == 128);
-  static constexpr int kLoaders = kWarpgroups ? 2 : 1;  //!< warps that load K, and as many V
+  static constexpr int kLoaders = kRows == 128 ? 2 : 1;  //!< warps that load K, and as many V
   static constexpr int kProducerWarps = 2 * kLoaders;
   static constexpr int kThreads = kConsumerThreads + kProducerWarps * kWarpSize;
-  // Together what the launch gave: 384 threads x 168.
-  static constexpr int kConsumerRegisters = 200;
-  static constexpr int kProducerRegisters = 104;
 
   using QTile = SwizzledTile<kHeadDimQK, kRows>;
   using KTile = SwizzledTile<kHeadDimQK, kStepKV>;

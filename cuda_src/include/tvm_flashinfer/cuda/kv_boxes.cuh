@@ -1,0 +1,142 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// Copies key and value tiles for the warpgroup kernel by the tensor memory accelerator, eight
+// tokens of a page at a time.
+#ifndef TVM_FLASHINFER_CUDA_KV_BOXES_CUH_
+#define TVM_FLASHINFER_CUDA_KV_BOXES_CUH_
+
+#include "../params.h"
+#include "kv_maps.cuh"
+#include "kv_rows.cuh"
+#include "page_lookup.cuh"
+#include "ptx.cuh"
+#include "warpgroup_pipeline.cuh"
+
+namespace tvm_flashinfer {
+namespace cuda {
+
+/*!
+ * \brief One of four producer warps: the first copies K, the second V, the others queries.
+ *
+ * Boxes never cross a page, since pages and chunks begin at multiples of eight tokens
+ * (ScheduleInput::kv_align).
+ */
+template <typename C, typename Variant>
+class BoxLoader {
+ public:
+  using T = typename C::T;
+  static constexpr int kBoxes = C::kStepKV / kBoxTokens;
+  static_assert(kBoxes <= kWarpSize, "every lane knows the place of one box at most");
+  static_assert(C::KTile::kGroupBytes == C::kHeadDimQK * kBoxTokens * 2 &&
+                    C::VTile::kGroupBytes == C::kHeadDimVO * kBoxTokens * 2,
+                "a box is one stretch of a tile");
+
+  __device__ __forceinline__ BoxLoader(const AttentionParams& p,
+                                       const typename Variant::Params& variant, const KVMaps& maps,
+                                       const WarpgroupPipeline<C>& pipeline, int warp, int lane)
+      : p_(p),
+        variant_(variant),
+        maps_(maps),
+        pipeline_(pipeline),
+        lookup_(p.page_size),
+        warp_(warp),
+        lane_(lane) {}
+
+  __device__ __forceinline__ void Load(const ItemInfo& info, int slot) {
+    if (warp_ == 0) {
+      LoadSteps(info, [&](const TokenPlace& place, int count) { LoadK(info.item, place, count); });
+    } else if (warp_ == 1) {
+      LoadSteps(info, [&](const TokenPlace& place, int count) { LoadV(info.item, place, count); });
+    } else {
+      ptx::WaitForEarlierLaunches();
+      constexpr int kRowsPerWarp = C::kRows / (C::kProducerWarps - 2);
+#pragma unroll 1
+      for (int row = 0; row < kRowsPerWarp; row += kWarpSize) {
+        CopyQueries<C>(p_, info.item, (warp_ - 2) * kRowsPerWarp + row, lane_, pipeline_.Q(slot));
+      }
+      ptx::MbarrierArriveAfterCopies(pipeline_.QueriesFull(slot));
+    }
+  }
+
+ private:
+  /*! \param load Called with the place of lane i's box, the i-th, and the step's tokens. */
+  template <typename F>
+  __device__ __forceinline__ void LoadSteps(const ItemInfo& info, F load) {
+    const WorkItem& item = info.item;
+    const int32_t* pages = p_.plan.kv_indices + info.pages;
+    const auto find = [&](int step) {
+      const bool exists = step >= 0 && lane_ < kBoxes;
+      return lookup_.Find(pages, item, exists ? step * C::kStepKV + lane_ * kBoxTokens : -1);
+    };
+    StepsDown<C, Variant> steps(variant_, info);
+    TokenPlace place = find(steps.step());
+    ptx::WaitForEarlierLaunches();
+    while (steps.step() >= 0) {
+      const int count = min(C::kStepKV, item.kv_count - steps.step() * C::kStepKV);
+      steps.Next();
+      const TokenPlace ahead = find(steps.step());
+      load(place, count);
+      stages_.Advance();
+      place = ahead;
+    }
+  }
+
+  /*! Tokens past the chunk's end may be anything: their logits are masked. */
+  __device__ __forceinline__ void LoadK(const WorkItem& item, const TokenPlace& place, int count) {
+    ptx::MbarrierWait(pipeline_.EmptyK(stages_.slot), stages_.phase ^ 1);
+    CopyBoxes<typename C::KTile>(maps_.k, item.head, place, CeilDiv(count, kBoxTokens),
+                                 pipeline_.K(stages_.slot), pipeline_.FullK(stages_.slot));
+  }
+
+  /*! Tokens past the chunk's end are zeros: 0 x NaN of a stale row would not be. */
+  __device__ __forceinline__ void LoadV(const WorkItem& item, const TokenPlace& place, int count) {
+    using Tile = typename C::VTile;
+    const uint32_t tile = pipeline_.V(stages_.slot);
+    ptx::MbarrierWait(pipeline_.EmptyV(stages_.slot), stages_.phase ^ 1);
+    const int boxes = count / kBoxTokens;
+    if (count < C::kStepKV) {
+      const T* v = static_cast<const T*>(p_.v) + item.head * p_.v_strides.head;
+      const int64_t first = __shfl_sync(0xffffffffu, place.Offset(p_.v_strides), boxes);
+#pragma unroll 1
+      for (int copy = lane_; copy < (C::kStepKV - boxes * kBoxTokens) * Tile::kChunks;
+           copy += kWarpSize) {
+        const int row = copy / Tile::kChunks, chunk = copy % Tile::kChunks;
+        const bool exists = boxes * kBoxTokens + row < count;
+        const int64_t from = exists ? first + row * p_.v_strides.token : 0;
+        ptx::CpAsync16OrZero(tile + Tile::Offset(boxes * kBoxTokens + row, chunk),
+                             v + from + chunk * kElementsPerChunk, exists);
+      }
+      ptx::WaitForCopies();
+      ptx::FenceAsyncProxy();
+      __syncwarp();
+    }
+    CopyBoxes<Tile>(maps_.v, item.head, place, boxes, tile, pipeline_.FullV(stages_.slot));
+  }
+
+  template <typename Tile>
+  __device__ __forceinline__ void CopyBoxes(const ptx::TensorMap& map, int head,
+                                            const TokenPlace& place, int boxes, uint32_t tile,
+                                            uint32_t full) const {
+    if (lane_ == 0) ptx::MbarrierArriveExpect(full, boxes * Tile::kGroupBytes);
+#pragma unroll 4
+    for (int i = 0; i < boxes; ++i) {
+      const int page = __shfl_sync(0xffffffffu, place.page, i);
+      const int entry = __shfl_sync(0xffffffffu, place.entry, i);
+      if (lane_ == 0)
+        ptx::CopyBox(tile + i * Tile::kGroupBytes, map, {0, entry, 0, head, page}, full);
+    }
+  }
+
+  const AttentionParams& p_;
+  const typename Variant::Params& variant_;
+  const KVMaps& maps_;
+  const WarpgroupPipeline<C>& pipeline_;
+  PageLookup lookup_;
+  int warp_, lane_;
+  RingCursor<C::kStages> stages_;
+};
+
+}  // namespace cuda
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_CUDA_KV_BOXES_CUH_

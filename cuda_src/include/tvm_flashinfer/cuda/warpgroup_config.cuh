@@ -1,0 +1,87 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// How a block of threads is laid over a query tile where warpgroups multiply (sm_90a).
+#ifndef TVM_FLASHINFER_CUDA_WARPGROUP_CONFIG_CUH_
+#define TVM_FLASHINFER_CUDA_WARPGROUP_CONFIG_CUH_
+
+#include <type_traits>
+
+#include "kv_maps.cuh"
+#include "platform.cuh"
+#include "wgmma_tile.cuh"
+
+namespace tvm_flashinfer {
+namespace cuda {
+
+constexpr int kWarpgroupSize = 128;
+
+/*!
+ * \brief Whether the kernel of warpgroups serves a query tile. Its operands go from global to
+ * shared memory to the tensor cores, untouched: what transforms them is left to AttentionKernel.
+ */
+template <typename Variant>
+constexpr bool FitsWarpgroups(int head_dim_qk, int head_dim_vo, int rows) {
+  return rows == 128 && (head_dim_qk == 64 || head_dim_qk == 128) &&
+         (head_dim_vo == 64 || head_dim_vo == 128) && !Variant::kHasQuery && !Variant::kHasKey &&
+         !Variant::kHasValue && !Variant::kHasOutput && !Variant::kHasSink && Variant::kSoftmax;
+}
+
+/*!
+ * \brief Shape of the kernel for a tile of `kRows` packed rows.
+ *
+ * Every 64 rows have a warpgroup of consumers. One warpgroup of producers fills a ring of K and a
+ * ring of V tiles and runs ahead across work items, whose queries have two slots.
+ * \tparam kBoxes Pages are copied eight tokens at a time by the tensor memory accelerator; else
+ * rows are gathered, which serves any page size and takes registers and issue slots from consumers.
+ */
+template <typename T_, int kHeadDimQK_, int kHeadDimVO_, int kRows_, bool kBoxes_>
+struct WarpgroupConfig {
+  using T = T_;
+  static constexpr int kHeadDimQK = kHeadDimQK_;
+  static constexpr int kHeadDimVO = kHeadDimVO_;
+  static constexpr int kRows = kRows_;
+
+  static constexpr bool kBoxes = kBoxes_;
+  using Maps = std::conditional_t<kBoxes, KVMaps, NoMaps>;
+
+  static constexpr int kConsumerGroups = kRows / 64;
+  static constexpr int kConsumerThreads = kConsumerGroups * kWarpgroupSize;
+  static constexpr int kConsumerWarps = kConsumerThreads / kWarpSize;
+  static constexpr int kProducerWarps = kWarpgroupSize / kWarpSize;
+  // The producer warp that takes items. Of boxes one that copies queries: a slot ahead, it never
+  // waits for the ring.
+  static constexpr int kLeadWarp = kBoxes ? 3 : 0;
+  static constexpr int kThreads = kConsumerThreads + kWarpgroupSize;
+  // Together what the launch gave: 384 threads x 168.
+  static constexpr int kConsumerRegisters = 216;
+  static constexpr int kProducerRegisters = 72;
+
+  // Consumers as a grid of kWarpsQ x kSlices warps (block_layout.cuh, mask.cuh).
+  static constexpr int kWarpsQ = kConsumerWarps;
+  static constexpr int kSlices = 1;
+
+  static constexpr int kStepKV = 128;  //!< KV tokens of a stage
+  static constexpr int kSliceKV = kStepKV;
+  static constexpr int kStages = 2;
+  static constexpr int kItemSlots = 2;
+
+  using QTile = WgmmaTile<kHeadDimQK, kRows>;
+  using KTile = WgmmaTile<kHeadDimQK, kStepKV>;
+  using VTile = WgmmaTile<kHeadDimVO, kStepKV>;
+
+  static constexpr int kMergeStates = 32;
+  static constexpr int kMergeBytes = (kRows + kMergeStates * (kRows + 1)) * 4;
+
+  // Shared memory: rings, query tiles, merge, item records, barriers.
+  static constexpr int kVOffset = kStages * KTile::kBytes;
+  static constexpr int kQOffset = kVOffset + kStages * VTile::kBytes;
+  static constexpr int kScratchOffset = kQOffset + kItemSlots * QTile::kBytes;
+  static constexpr int kInfoOffset = kScratchOffset + kMergeBytes;
+  static constexpr int kBarrierOffset = kInfoOffset + kItemSlots * 64;
+  static constexpr int kSharedBytes = kBarrierOffset + 8 * (4 * kStages + 3 * kItemSlots);
+};
+
+}  // namespace cuda
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_CUDA_WARPGROUP_CONFIG_CUH_

@@ -1,0 +1,61 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// Tiles in shared memory as operands of a warpgroup's products.
+#ifndef TVM_FLASHINFER_CUDA_WGMMA_TILE_CUH_
+#define TVM_FLASHINFER_CUDA_WGMMA_TILE_CUH_
+
+#include "element.cuh"
+#include "platform.cuh"
+
+namespace tvm_flashinfer {
+namespace cuda {
+
+/*!
+ * \brief Matrix descriptor of an operand under a 128-byte swizzle (PTX ISA, "Asynchronous warpgroup
+ * level matrix instructions").
+ * \param panel_bytes From one panel of 64 elements to the next, where those run along the operand's
+ * outer (m or n) dimension; unused where they run along k.
+ * \param group_bytes From eight rows of a panel to the next eight.
+ */
+__device__ __forceinline__ uint64_t WgmmaDescriptor(uint32_t shared, int panel_bytes,
+                                                    int group_bytes) {
+  return static_cast<uint64_t>((shared & 0x3ffff) >> 4) |
+         static_cast<uint64_t>(panel_bytes >> 4) << 16 |
+         static_cast<uint64_t>(group_bytes >> 4) << 32 | uint64_t{1} << 62;
+}
+
+/*!
+ * \brief A tile of `kRows` rows of `kCols` 16-bit elements, in 16-byte chunks.
+ *
+ * Eight rows x 64 columns are 1024 bytes, in which chunk c of row r lies at c ^ (r % 8) of the
+ * row's 128 bytes. These lie along the columns first, so eight rows are one stretch of memory, and
+ * so are the tokens of a page.
+ */
+template <int kCols, int kRows>
+struct WgmmaTile {
+  static_assert(kCols % 64 == 0 && kRows % 8 == 0, "a tile consists of 8 x 64 elements");
+  static constexpr int kChunks = kCols / kElementsPerChunk;
+  static constexpr int kPanelBytes = 1024;
+  static constexpr int kGroupBytes = kCols / 64 * kPanelBytes;
+  static constexpr int kBytes = kRows / 8 * kGroupBytes;
+
+  /*! \brief Byte offset of a chunk. */
+  __device__ __forceinline__ static uint32_t Offset(int row, int chunk) {
+    return static_cast<uint32_t>(row / 8 * kGroupBytes + chunk / 8 * kPanelBytes + row % 8 * 128 +
+                                 ((chunk % 8 ^ row % 8) << 4));
+  }
+  /*! \brief Rows from `first_row` on, columns [16 k, 16 k + 16): the columns are summed over. */
+  __device__ __forceinline__ static uint64_t Columns(uint32_t tile, int first_row, int k) {
+    return WgmmaDescriptor(tile + first_row / 8 * kGroupBytes + k / 4 * kPanelBytes + k % 4 * 32, 0,
+                           kGroupBytes);
+  }
+  /*! \brief Rows [16 k, 16 k + 16), all columns: the rows are summed over. */
+  __device__ __forceinline__ static uint64_t Rows(uint32_t tile, int k) {
+    return WgmmaDescriptor(tile + 2 * k * kGroupBytes, kPanelBytes, kGroupBytes);
+  }
+};
+
+}  // namespace cuda
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_CUDA_WGMMA_TILE_CUH_
