@@ -71,6 +71,7 @@ class KVCache:
         kv_dtype: str | None = None,
         first_layer: int = 0,
         rope: RopeConfig | None = None,
+        inline_rope: bool = False,
         sliding_window: bool = False,
         window_layers: Sequence[int] = (),
         layer_window: int = 0,
@@ -100,6 +101,9 @@ class KVCache:
             ``float8_e5m2`` and ``int8``, with scales by :func:`tvm_flashinfer.variants.quantized`).
         rope : RopeConfig, optional
             The cache rotates new queries and keys. Unless given, they come rotated.
+        inline_rope : bool
+            With ``rope``: :meth:`get_kv` and :meth:`set_kv` take keys before their rotation, as if
+            attention rotated them when it reads them. Nothing else differs.
         sliding_window : bool
             Sequences may be given a window: see :meth:`enable_sliding_window`.
         window_layers, layer_window : sequence of int, int
@@ -144,6 +148,8 @@ class KVCache:
             tvm.runtime.empty((0,), pool_dtype),
             *rotation,
         )
+        if inline_rope:
+            handle = _function("tvm_flashinfer.kv_cache_with_inline_rope")(handle)
         if window_layers:
             window = variants.windowed(variant)
             windowed = AttentionSpec(dtype, pool_dtype, head_dim, dim_vo, window)
@@ -327,12 +333,28 @@ class KVCache:
         )
 
     def attention_fused_qkv(
-        self, layer_id: int, qkv: Any, out: Any, *, sm_scale: float | None = None
+        self,
+        layer_id: int,
+        qkv: Any,
+        out: Any,
+        *,
+        sm_scale: float | None = None,
+        mask: Any | None = None,
     ) -> None:
-        """As :meth:`attention`, of one tensor ``[tokens, query + 2 * kv heads, dim]``."""
+        """As :meth:`attention`, of one tensor ``[tokens, query + 2 * kv heads, dim]``.
+
+        ``mask`` takes the place of causality among the step's tokens: bool, int8 or uint8
+        ``[sum of lengths ** 2]``, of each sequence a matrix whose row says which of its new tokens
+        a new token sees. The tokens before the step are seen by all.
+        """
         if sm_scale is None:
             sm_scale = qkv.shape[-1] ** -0.5
-        self._call("attention_kv_cache_attention_with_fused_qkv", layer_id, sm_scale, qkv, out)
+        if mask is None:
+            self._call("attention_kv_cache_attention_with_fused_qkv", layer_id, sm_scale, qkv, out)
+        else:
+            _function("tvm_flashinfer.kv_cache_attention_with_mask")(
+                self.handle, layer_id, sm_scale, qkv, mask, out
+            )
 
     def attention_shared_kv(
         self, source_layer: int, q: Any, k: Any, v: Any, out: Any, *, sm_scale: float | None = None
@@ -410,6 +432,17 @@ class KVCache:
         """
         _function("tvm_flashinfer.kv_cache_debug_set_kv")(self.handle, seq_id, begin, k, v)
 
+    def get_rows(self, seq_id: int, begin: int, end: int, rows: Any) -> None:
+        """Copy tokens ``[begin, end)`` of latent attention into ``rows``.
+
+        They are ``[layers, end - begin, latent_dim + rope_dim]``.
+        """
+        self._call("attention_kv_cache_debug_get_kv_mla", seq_id, begin, end, rows)
+
+    def set_rows(self, seq_id: int, begin: int, rows: Any) -> None:
+        """Overwrite tokens of latent attention from ``begin`` on, laid out as in get_rows."""
+        _function("tvm_flashinfer.kv_cache_debug_set_kv_mla")(self.handle, seq_id, begin, rows)
+
     # -- prefill and decode on different machines
 
     def use_transfer(self, transfer: Callable[[int, Any, Any, Any, int], None]) -> None:
@@ -417,7 +450,8 @@ class KVCache:
 
         ``pool`` is the layer's ``[pages, 2, num_kv_heads, page_size, head_dim]``; rows are int32
         and number its tokens, ``page * page_size + slot``, here and in the receiver's pool. It is
-        called in every layer of a step that stores tokens to send.
+        called in every layer of a step that stores tokens to send. A cache that was given none
+        takes the global function ``tvm_flashinfer.kv_transfer``.
         """
         self._transfer = tvm_ffi.convert(transfer)
         _function("tvm_flashinfer.kv_cache_use_transfer")(self.handle, self._transfer)
@@ -443,7 +477,9 @@ class KVCache:
         """A sequence as JSON metadata and one tensor for each layer.
 
         The tensors are ``[1, pages, 2, num_kv_heads, page_size, dim]``: keys and values in the
-        order of the tokens, zeros after the last one. Equal sequences give equal bytes.
+        order of the tokens, zeros after the last one. Equal sequences give equal bytes. Where
+        values are shorter than keys they are ``[1, pages, elements]``, of latent attention
+        ``[1, pages, page_size, dim]``.
         """
         metadata = str(self._call("attention_kv_cache_get_checkpoint_metadata", seq_id))
         tensors = []
@@ -473,7 +509,7 @@ class KVCache:
 
 #: TVM's AttnKind and RopeMode.
 _MHA, _MLA, _MHA_SLIDING = 0, 1, 3
-_ROPE_NONE = 0
+_ROPE_NONE, _ROPE_INLINE = 0, 2
 
 
 @tvm_ffi.register_global_func("tvm_flashinfer.paged_attention_kv_cache_create")
@@ -482,14 +518,14 @@ def _create_as_tvm(*args: Any) -> Any:
 
     Takes the same 28 or 29 arguments. Of the functions among them it uses the one that rotates,
     which knows the model's scaling; all others are replaced by kernels, compiled here for the
-    dtype and head sizes that are asked for.
+    dtype and head sizes that are asked for. With ``enable_kv_transfer``, which any of our caches
+    can do, it sends by the global function ``tvm_flashinfer.kv_transfer``: see
+    :meth:`KVCache.use_transfer`.
     """
     if len(args) not in (28, 29):
         raise ValueError(f"expected 28 or 29 arguments as TVM's KV cache takes, got {len(args)}")
     bounds, layers, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, kinds = args[:7]
-    transfer, rope_mode, extension_factors, init, split_rotary = (
-        args[i] for i in (7, 8, 11, 12, 24)
-    )
+    rope_mode, extension_factors, init, split_rotary = (args[i] for i in (8, 11, 12, 24))
     if len(layers) != 2:
         raise ValueError(f"layer_indptr has {len(layers)} entries, expected 2: one pipeline stage")
     kinds = dict(enumerate(kinds))
@@ -499,8 +535,6 @@ def _create_as_tvm(*args: Any) -> Any:
             f"attn_kinds are {list(kinds.values())}: a cache serves 0 (mha) and 3 (mha_sliding), "
             "or 1 (mla) in every layer"
         )
-    if transfer:
-        raise NotImplementedError("enable_kv_transfer: this cache doesn't transfer pages")
     dtype = str(init.dtype)
 
     def kernel(variant: str | Variant = "causal", dims: Sequence[int] = ()) -> Any:
@@ -527,9 +561,11 @@ def _create_as_tvm(*args: Any) -> Any:
         )
     if rope_mode == _ROPE_NONE:
         cache = _function("tvm_flashinfer.kv_cache_create")(*common)
-    else:  # inline or not shows in debug_get_kv only
+    else:
         create = _function("tvm_flashinfer.kv_cache_create_split_rotary")
         cache = create(*common, split_rotary, extension_factors)
+        if rope_mode == _ROPE_INLINE:
+            cache = _function("tvm_flashinfer.kv_cache_with_inline_rope")(cache)
     if sliding:
         add_window = _function("tvm_flashinfer.kv_cache_with_sliding_layers")
         cache = add_window(cache, tvm_ffi.Shape(sliding), window, kernel(variants.sliding_window))

@@ -19,7 +19,13 @@ from .variant import Variant
 from .variants import sliding_window
 
 #: What TVM calls a scaling, where ours is the same: how pairs are formed, and our name of it.
-_SAME_SCALINGS = {None: "default", "default": "default", "gptj": "default", "llama3": "llama3"}
+_SAME_SCALINGS = {
+    None: "default",
+    "default": "default",
+    "gptj": "default",
+    "llama3": "llama3",
+    "longrope": "longrope",  # TVM's own doesn't compile in 0.27
+}
 
 
 @cache
@@ -36,9 +42,12 @@ class PagedKVCache(kv_cache.PagedKVCache):
     the attention kernel, to be linked as TVM's FlashInfer kernels are, and the object by which the
     compiled model finds ``libtvm_flashinfer.so``.
 
-    RoPE with no scaling, ``gptj`` and ``llama3`` is the cache's own; other scalings run TVM's
-    function, which is compiled with the model. ``split_rotary`` names one that the module has
-    already, whatever its scaling.
+    RoPE with no scaling, ``gptj``, ``llama3`` and ``longrope`` (whose scaling gives ``long_factor``
+    and ``short_factor``) is the cache's own; other scalings run TVM's function, which is compiled
+    with the model. ``split_rotary`` names one that the module has already, whatever its scaling.
+
+    With ``enable_disaggregation``, which any of our caches can do, the running process registers
+    what sends pages as the global function ``tvm_flashinfer.kv_transfer``.
 
     Raises
     ------
@@ -83,8 +92,6 @@ class PagedKVCache(kv_cache.PagedKVCache):
                 f"attn_kind is {attn_kind!r}: this cache serves 'mha' and 'mha_sliding', or 'mla' "
                 "in every layer"
             )
-        if enable_disaggregation:
-            raise ValueError("enable_disaggregation: this cache doesn't transfer pages")
         device = target.kind.name
         if device not in ("llvm", "cuda"):
             raise ValueError(f"target is {device}: this cache runs on llvm and cuda")
@@ -120,7 +127,8 @@ class PagedKVCache(kv_cache.PagedKVCache):
         elif rotates and scaling.get("rope_type") in _SAME_SCALINGS:
             create += "_rope"
             ours = scaling | {"rope_type": _SAME_SCALINGS[scaling.get("rope_type")]}
-            config = RopeConfig(rope_theta, ours, rotary_dim=rotary_dim)
+            context = scaling.get("max_position_embeddings")
+            config = RopeConfig(rope_theta, ours, rotary_dim=rotary_dim, context_length=context)
             frequencies, magnitude = config.resolve(qk_head_dim)
             rotation = [
                 relax.const(frequencies * rope_scale, "float32"),
@@ -152,6 +160,10 @@ class PagedKVCache(kv_cache.PagedKVCache):
             *rotation,
             ty_args=relax.AnyType(),
         )
+        if rope_mode == kv_cache.RopeMode.INLINE:
+            cache = relax.call_pure_packed(
+                "tvm_flashinfer.kv_cache_with_inline_rope", cache, ty_args=relax.AnyType()
+            )
         if windowed:
             cache = relax.call_pure_packed(
                 "tvm_flashinfer.kv_cache_with_sliding_layers",

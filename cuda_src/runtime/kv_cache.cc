@@ -14,9 +14,10 @@ namespace tvm_flashinfer {
 
 using tvm::ffi::Optional;
 
-/*! Distance of pages over distance of tokens, where values are as long as keys. */
+/*! Distance of pages over distance of tokens, which is the same of keys and of values. */
 static int64_t PageStride(const KVCacheConfig& config) {
-  return config.mla ? config.page_size : int64_t{2} * config.num_kv_heads * config.page_size;
+  const bool beside = !config.mla && config.head_dim_qk == config.head_dim_vo;
+  return int64_t{beside ? 2 : 1} * config.num_kv_heads * config.page_size;
 }
 
 KVCacheObj::KVCacheObj(const KVCacheConfig& config, KernelHandle kernel, DLDataType dtype,
@@ -27,31 +28,35 @@ KVCacheObj::KVCacheObj(const KVCacheConfig& config, KernelHandle kernel, DLDataT
       device_(device),
       element_bytes_(dtype.bits / 8),
       rotates_(rope.has_value()),
+      k_page_(int64_t{config.num_kv_heads} * config.page_size * config.head_dim_qk),
+      v_page_(config.mla ? 0
+                         : int64_t{config.num_kv_heads} * config.page_size * config.head_dim_vo),
       pages_(config.num_pages(), config.page_size),
       rope_config_(rope),
       layout_(config.page_size, PageStride(config)),
       past_layout_(config.page_size, PageStride(config)),
       own_layout_(1, 1),
+      masked_layout_(config.page_size, PageStride(config)),
       runner_(StepRunner::Make(config, kernel, device, std::move(rope))) {
+  const int64_t pages = config.num_pages(), heads = config.num_kv_heads;
   const bool square = config.head_dim_qk == config.head_dim_vo;
-  const int64_t heads = config.num_kv_heads;
-  const int64_t k_page = heads * config.page_size * config.head_dim_qk;
-  const int64_t v_page = config.mla ? 0 : heads * config.page_size * config.head_dim_vo;
-  k_strides_ = {k_page + v_page, int64_t{config.page_size} * config.head_dim_qk,
+  // Keys and values of a page lie side by side, as in TVM's cache, if their heads are equally long;
+  // else all keys lie before all values, and a token has the same number in both.
+  const int64_t beside = square && !config.mla ? 2 : 1;
+  k_strides_ = {beside * k_page_, int64_t{config.page_size} * config.head_dim_qk,
                 config.head_dim_qk};
-  v_strides_ = {k_page + v_page, int64_t{config.page_size} * config.head_dim_vo,
+  v_strides_ = {beside * v_page_, int64_t{config.page_size} * config.head_dim_vo,
                 config.head_dim_vo};
   if (config.mla) v_strides_ = k_strides_;  // a value is the start of its key
   for (int32_t layer = 0; layer < config.num_layers(); ++layer) {
-    const Shape shape =
-        config.mla ? Shape{config.num_pages(), config.page_size, config.head_dim_qk}
-        : square   ? Shape{config.num_pages(), 2, heads, config.page_size, config.head_dim_qk}
-                   : Shape{config.num_pages(), k_page + v_page};
+    const Shape shape = config.mla ? Shape{pages, config.page_size, config.head_dim_qk}
+                        : square   ? Shape{pages, 2, heads, config.page_size, config.head_dim_qk}
+                                   : Shape{pages * (k_page_ + v_page_)};
     LayerPool pool{Tensor::Empty(shape, dtype, device), nullptr, nullptr};
     pool.k = static_cast<char*>(DataOf(*pool.data.operator->()));
-    pool.v = config.mla ? pool.k : pool.k + k_page * element_bytes_;
+    pool.v = config.mla ? pool.k : pool.k + (square ? 1 : pages) * k_page_ * element_bytes_;
     if (device.device_type == kDLCPU) {
-      PreferHugePages(pool.k, config.num_pages() * (k_page + v_page) * element_bytes_);
+      PreferHugePages(pool.k, pages * (k_page_ + v_page_) * element_bytes_);
     }
     layers_.push_back(std::move(pool));
   }
@@ -160,6 +165,12 @@ int32_t KVCacheObj::GetSequenceLength(int64_t seq_id) const { return pages_.Find
 
 void KVCacheObj::BeginForward(const Shape& seq_ids, const Shape& append_lengths,
                               const Optional<Shape>& token_tree_parent_ptr) {
+  PrepareStep(seq_ids, append_lengths, token_tree_parent_ptr);
+  CommitStep();
+}
+
+void KVCacheObj::PrepareStep(const Shape& seq_ids, const Shape& append_lengths,
+                             const Optional<Shape>& token_tree_parent_ptr) {
   if (kernel_->num_params > 0 && !has_variant_) variant_.Get(*kernel_);
   CheckIdle("begin_forward");
   ReadRequests(seq_ids, append_lengths);
@@ -171,18 +182,21 @@ void KVCacheObj::BeginForward(const Shape& seq_ids, const Shape& append_lengths,
       CheckCommitted(seq_ids[i], *requests_[i].sequence, "begin_forward without a token tree");
     }
   }
-  pages_.Preview(requests_, &page_indptr_, &page_ids_);
+  pages_.Preview(requests_, &page_indptr_, &page_ids_, &copies_);
   layout_.Build(requests_, page_indptr_, page_ids_, rotates());
-  // Everything that can fail comes before Commit: a failed step leaves the cache as it was.
   Schedule();
-  pages_.Commit(requests_, &copies_);
-  for (size_t i = 0; i < trees_.size(); ++i) requests_[i].sequence->tree = std::move(trees_[i]);
-  CopyPages();
-  runner_->Begin(layout_);
-  if (sliding_ != nullptr) sliding_->Begin(layout_);
-  past_planned_ = own_planned_ = false;
   PlanSends(seq_ids);
   layer_states_.assign(config_.num_layers(), LayerState{});
+  runner_->Begin(layout_);
+  if (sliding_ != nullptr) sliding_->Begin(layout_);
+  CopyPages();  // to pages that are free until the step is committed
+}
+
+void KVCacheObj::CommitStep() noexcept {
+  pages_.Commit(requests_);
+  for (size_t i = 0; i < trees_.size(); ++i) requests_[i].sequence->tree = std::move(trees_[i]);
+  for (const StepSend& send : step_sends_) send.whole->past = false;
+  past_planned_ = own_planned_ = mask_planned_ = false;
   in_forward_ = true;
 }
 
@@ -216,13 +230,8 @@ void KVCacheObj::ReadRequests(const Shape& seq_ids, const Shape& append_lengths)
 
 void KVCacheObj::Schedule() {
   if (layout_.by_token()) {
-    TVM_FLASHINFER_CHECK(config_.mla || config_.head_dim_qk == config_.head_dim_vo,
-                         NotImplementedError)
-        << "token trees and sliding windows need head_dim_qk equal to head_dim_vo, this cache has "
-        << config_.head_dim_qk << " and " << config_.head_dim_vo;
     const int64_t blocks = layout_.num_blocks();
-    const int64_t largest =
-        int64_t{pages_.num_pages()} * 2 * config_.num_kv_heads * config_.page_size;
+    const int64_t largest = pages_.num_pages() * PageStride(config_);
     TVM_FLASHINFER_CHECK(std::max(blocks, largest) <= INT32_MAX / 2, ValueError)
         << "a step with token trees or slid windows lists " << blocks << " tokens of a pool with "
         << largest << " rows, it can number at most " << INT32_MAX / 2;
@@ -232,10 +241,15 @@ void KVCacheObj::Schedule() {
 }
 
 void KVCacheObj::CopyPages() {
-  const int64_t page_bytes = k_strides_.page * element_bytes_;
-  for (const PageCopy& copy : copies_) {
+  const bool apart = k_strides_.page == k_page_ && !config_.mla;  // values aren't beside the keys
+  const auto copy = [&](char* pool, const KVStrides& strides, PageCopy pages) {
+    const int64_t bytes = strides.page * element_bytes_;
+    runner_->Copy(pool + pages.to * bytes, pool + pages.from * bytes, bytes);
+  };
+  for (const PageCopy& pages : copies_) {
     for (LayerPool& layer : layers_) {
-      runner_->Copy(layer.k + copy.to * page_bytes, layer.k + copy.from * page_bytes, page_bytes);
+      copy(layer.k, k_strides_, pages);
+      if (apart) copy(layer.v, v_strides_, pages);
     }
   }
 }

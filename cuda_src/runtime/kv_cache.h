@@ -53,6 +53,9 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   /*! \brief Rotate with `rotary`, which serves attention with fused QKV only. */
   void UseSplitRotary(SplitRotary rotary);
 
+  /*! \brief debug_get_kv and debug_set_kv take keys as they are before they are rotated. */
+  void UseInlineRope();
+
   /*!
    * \brief Parameters of the kernel's variant, the same in every layer; they are kept.
    * \param values One per parameter that the variant declares, a number or a tensor.
@@ -98,6 +101,12 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   Tensor GetQueryPositions() final;
 
   // Attention.
+  /*!
+   * \brief Append, then attend.
+   * \param mask bool, int8 or uint8 [sum of new^2]: of each sequence of the step a matrix (new
+   * token, new token), whose entry says whether the row sees the column. It takes the place of
+   * causality; the tokens before the step are seen by all.
+   */
   void AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, tvm::ffi::Optional<Tensor> mask,
                              Tensor o_data, double sm_scale) final;
   /*! \brief Attend keys that `source_layer_id` appended in this step; q carries RoPE already. */
@@ -146,6 +155,8 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
                       double sm_scale) final;
   void AppendMLAKV(int64_t layer_id, Tensor kv_data) final;
   void DebugGetKVMLA(int64_t seq_id, int64_t start_pos, int64_t end_pos, Tensor kv_data) final;
+  /*! \brief As DebugSetKV, of latent attention: rows [layer, token, head_dim_qk]. */
+  void DebugSetKVMLA(int64_t seq_id, int64_t start_pos, Tensor kv_data);
 
   // Prefill and decode on different machines: kv_cache_transfer.cc.
   /*!
@@ -166,7 +177,7 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
    */
   void UseTransfer(tvm::ffi::Function transfer) { transfer_ = std::move(transfer); }
 
-  // Parts of TVM's contract that this cache doesn't serve: each throws and says so.
+  // Throws: see kv_cache_unserved.cc.
   void LinearAttention(int64_t, Tensor, Tensor, Tensor, double) final;
 
   static constexpr const bool _type_mutable = true;
@@ -190,14 +201,15 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   /*! Where a sequence's tokens from `begin` on go. */
   struct Send {
     int64_t begin;
+    int32_t dropped;              //!< Sequence::dropped when it was marked
     std::vector<int32_t> remote;  //!< [token - begin]
     int32_t receiver;
     bool past = true;  //!< tokens from before the mark are still to be sent
   };
   /*! The part of it that the step in progress sends. */
   struct StepSend {
+    Send* whole;
     std::vector<int32_t> local, remote;
-    int32_t receiver;
   };
   void PlanSends(const Shape& seq_ids);
   void SendStored(int32_t layer);
@@ -210,6 +222,10 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
 
   void CheckIdle(const char* what) const;
   int32_t CheckStep(int64_t layer_id) const;
+  /*! \brief All of begin_forward that can fail; it changes nothing that outlives the step. */
+  void PrepareStep(const Shape& seq_ids, const Shape& append_lengths,
+                   const tvm::ffi::Optional<Shape>& token_tree_parent_ptr);
+  void CommitStep() noexcept;
   void ReadRequests(const Shape& seq_ids, const Shape& append_lengths);
   void ReadTrees(const Shape& seq_ids, const Shape& parents);
   void CheckCommitted(int64_t seq_id, const Sequence& sequence, const char* what) const;
@@ -218,6 +234,9 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   void CopyToken(int64_t from_slot, int64_t to_slot);
 
   void Append(int32_t layer, TokenHeads* q, TokenHeads k, TokenHeads v);
+  /*! \brief Plan attention under a mask, unless the last layer had the same. */
+  void PlanMask(int32_t layer, const Tensor& mask);
+  void AttendMasked(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o);
   void Attend(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o);
   void AttendTwins(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o);
   AttentionParams Operands(int32_t layer, const StepLayout& layout, double sm_scale, TokenHeads q,
@@ -226,17 +245,38 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   Tensor Origins();
   StepRunner* RunnerOf(int32_t layer) const;
   bool rotates() const { return rotates_ || split_rotary_.has_value(); }
+  /*! \brief Split fused `qkv`, and rotate its queries and keys, with the model's own function. */
+  template <typename Queries>
+  void Rotate(const Tensor& qkv, const Tensor& positions, const Queries& q, const Tensor& k,
+              const Tensor& v) const {
+    const auto& [function, factors] = *split_rotary_;
+    if (factors.has_value()) {
+      function(qkv, positions, q, k, v, *factors);
+    } else {
+      function(qkv, positions, q, k, v, int64_t{1});
+    }
+  }
+  /*! \brief Whether keys turn as they do when they are stored, or back to how they came. */
+  enum class Turn { kForth, kBack };
+  /*! \brief Keys [layer, token, head, dim] of a sequence's tokens from `start` on. */
+  void TurnKeys(const Sequence& sequence, int64_t start, const Tensor& from, Tensor to, Turn turn);
   void AllocateTwins();
   void CheckParts(const char* what) const;
 
   template <typename Copy>
   void ForEachRow(int64_t seq_id, int64_t start, int64_t end, const Copy& copy);
+  template <typename Copy>
+  void ForEachLatentRow(int64_t seq_id, int64_t start, int64_t end, const Tensor& kv_data,
+                        const Copy& copy);
   void CheckRange(int64_t seq_id, int64_t start, int64_t end) const;
   void CheckDebugTensors(const Tensor& k, const Tensor& v, int64_t length) const;
 
   tvm::ffi::json::Object LayoutMetadata() const;
   const Sequence* CheckpointSequence(int64_t seq_id, const char* what) const;
   int64_t LogicalPages(const Sequence& sequence) const;
+  /*! \brief Of one layer's page group. */
+  Shape GroupShape(int64_t pages) const;
+  void CheckGroup(const Sequence& sequence, int64_t group_id, const Tensor& group) const;
   template <typename Copy>
   void ForEachGroupRow(const Sequence& sequence, int64_t group_id, const Tensor& group,
                        const Copy& copy) const;
@@ -250,10 +290,12 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   int32_t element_bytes_;
   bool rotates_;  //!< new queries and keys, before they are stored
   KVStrides k_strides_, v_strides_;
+  int64_t k_page_, v_page_;  //!< elements of a page's keys and of its values
   std::vector<LayerPool> layers_;
   PageTable pages_;
 
   std::optional<SplitRotary> split_rotary_;
+  bool inline_rope_ = false;
   Tensor origins_;
   Tensor rotated_q_, rotated_k_, split_v_;  //!< [max_q_tokens, heads, dim], of split_rotary_
 
@@ -270,16 +312,18 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   std::vector<PageCopy> copies_;
   std::vector<LayerState> layer_states_;
   std::optional<RopeConfig> rope_config_;
-  StepLayout layout_, past_layout_, own_layout_;
-  bool past_planned_ = false, own_planned_ = false;
+  StepLayout layout_, past_layout_, own_layout_, masked_layout_;
+  bool past_planned_ = false, own_planned_ = false, mask_planned_ = false;
+  std::vector<uint8_t> mask_;  //!< that masked_layout_ was built of
   std::unique_ptr<StepRunner> runner_;
   std::unique_ptr<StepRunner> sliding_;  //!< of layers with a window, if there are any
   BoundVariantArgs variant_, window_variant_;
   bool has_variant_ = false;
   std::optional<KernelHandle> sliding_kernel_;  //!< of `sliding_`
-  std::unique_ptr<StepRunner> past_, own_;  //!< of attention in parts; made when it is asked for
-  std::vector<bool> has_window_;            //!< [layer]
-  Tensor twin_o_, twin_lse_;                //!< of steps that attend every query twice
+  //! Of attention in parts, and under a mask; made when they are asked for.
+  std::unique_ptr<StepRunner> past_, own_, masked_;
+  std::vector<bool> has_window_;  //!< [layer]
+  Tensor twin_o_, twin_lse_;      //!< of steps that attend every query twice
   std::optional<KernelHandle> self_kernel_;
   int32_t self_kv_heads_ = 0;
 };

@@ -30,8 +30,6 @@ void KVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Option
   const int32_t layer = CheckStep(layer_id);
   TVM_FLASHINFER_CHECK(!config_.mla, ValueError)
       << "attention_with_fused_qkv: this cache is one of latent attention (mla)";
-  TVM_FLASHINFER_CHECK(!mask.has_value(), NotImplementedError)
-      << "argument `mask`: this cache takes its mask from the kernel's variant";
   TVM_FLASHINFER_CHECK(config_.head_dim_qk == config_.head_dim_vo, ValueError)
       << "argument `qkv_data` fuses heads of one size, this cache has head_dim_qk "
       << config_.head_dim_qk << " and head_dim_vo " << config_.head_dim_vo;
@@ -44,18 +42,14 @@ void KVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Option
   o_data = WithoutPadding(o_data, tokens);
   CheckTensor("qkv_data", *qkv_data.operator->(), type, device_, {tokens, heads, dim});
   CheckTensor("o_data", *o_data.operator->(), type, device_, {tokens, config_.num_qo_heads, dim});
+  if (mask.has_value()) PlanMask(layer, *mask);
+  const auto attend = [&](TokenHeads q, TokenHeads to) {
+    mask.has_value() ? AttendMasked(layer, sm_scale, q, to) : Attend(layer, sm_scale, q, to);
+  };
   const TokenHeads o{DataOf(*o_data.operator->()), config_.num_qo_heads * dim, dim};
   if (split_rotary_.has_value()) {
     const auto view = [&](const Tensor& whole, int64_t n) {
       return whole.CreateView({tokens, n, dim}, type);
-    };
-    const auto rotate = [&](const Tensor& positions, const auto& q, const Tensor& k,
-                            const Tensor& v, const Tensor& qkv) {
-      if (split_rotary_->extension_factors.has_value()) {
-        split_rotary_->function(qkv, positions, q, k, v, *split_rotary_->extension_factors);
-      } else {
-        split_rotary_->function(qkv, positions, q, k, v, int64_t{1});
-      }
     };
     Tensor q = view(rotated_q_, config_.num_qo_heads);
     Tensor k = view(rotated_k_, config_.num_kv_heads);
@@ -66,15 +60,15 @@ void KVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Option
       DLTensor twins = *q.operator->();
       twins.data =
           static_cast<char*>(DataOf(twins)) + tokens * config_.num_qo_heads * dim * type.bits / 8;
-      rotate(GetQueryPositions(), &twins, k, v, qkv);
+      Rotate(qkv, GetQueryPositions(), &twins, k, v);
     }
-    rotate(Origins(), q, k, v, qkv);
+    Rotate(qkv, Origins(), q, k, v);
     const auto operand = [&](const Tensor& t, int64_t n) {
       return TokenHeads{DataOf(*t.operator->()), n * dim, dim};
     };
     TokenHeads rotated = operand(q, config_.num_qo_heads);
     Append(layer, &rotated, operand(k, config_.num_kv_heads), operand(v, config_.num_kv_heads));
-    Attend(layer, sm_scale, rotated, o);
+    attend(rotated, o);
     return;
   }
   char* data = static_cast<char*>(DataOf(*qkv_data.operator->()));
@@ -83,7 +77,7 @@ void KVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Option
   };
   TokenHeads q = head(0);
   Append(layer, &q, head(config_.num_qo_heads), head(config_.num_qo_heads + config_.num_kv_heads));
-  Attend(layer, sm_scale, q, o);
+  attend(q, o);
 }
 
 void KVCacheObj::Attention(int64_t layer_id, double sm_scale, const DLTensor& q, const DLTensor& k,
@@ -150,8 +144,8 @@ tvm::ffi::Array<Tensor> KVCacheObj::MergeAttnOutputInplace(Tensor o_self_attn, T
 }
 
 void KVCacheObj::Append(int32_t layer, TokenHeads* q, TokenHeads k, TokenHeads v) {
-  layer_states_[layer].stored = true;
   runner_->Append({layers_[layer].k, layers_[layer].v, k_strides_, v_strides_}, q, k, v);
+  layer_states_[layer].stored = true;
   if (!step_sends_.empty()) SendStored(layer);
 }
 
@@ -190,6 +184,12 @@ void KVCacheObj::Attend(int32_t layer, double sm_scale, TokenHeads q, TokenHeads
   StepRunner* runner = RunnerOf(layer);
   params.variant_params = runner->variant_args();
   runner->Attend(&params);
+}
+
+void KVCacheObj::AttendMasked(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o) {
+  AttentionParams params = Operands(layer, masked_layout_, sm_scale, q, o);
+  params.variant_params = masked_->variant_args();
+  masked_->Attend(&params);
 }
 
 void KVCacheObj::AttendTwins(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o) {

@@ -4,7 +4,9 @@
 // a layer (a page group) and a JSON description.
 //
 // A page group is (1, pages, 2, kv head, slot, dim): tokens in order, pages filled one after
-// another, zeros after the last token. Where the tokens lay in the pool doesn't show.
+// another, zeros after the last token. Where the tokens lay in the pool doesn't show. If values are
+// shorter than keys it is (1, pages, elements), a page's keys before its values; of latent
+// attention it is (1, pages, slot, dim).
 #include <tvm/ffi/extra/json.h>
 
 #include <cstdio>
@@ -43,9 +45,6 @@ int64_t Integer(const json::Object& object, const char* name, int64_t high) {
 }  // namespace
 
 json::Object KVCacheObj::LayoutMetadata() const {
-  TVM_FLASHINFER_CHECK(config_.head_dim_qk == config_.head_dim_vo, NotImplementedError)
-      << "checkpoints need head_dim_qk equal to head_dim_vo, this cache has " << config_.head_dim_qk
-      << " and " << config_.head_dim_vo;
   json::Object layout;
   layout.Set(String("format_version"), kFormatVersion);
   layout.Set(String("cache_type"), String("tvm_flashinfer.KVCache"));
@@ -59,8 +58,17 @@ json::Object KVCacheObj::LayoutMetadata() const {
   layout.Set(String("dtype"), String(tvm::ffi::DLDataTypeToString(dtype_)));
   layout.Set(String("rotates"), rotates_ || split_rotary_.has_value());
   layout.Set(String("page_group_layout"),
-             String("1,num_logical_pages,2,num_kv_heads,page_size,qk_head_dim"));
+             String(config_.mla ? "1,num_logical_pages,page_size,qk_head_dim"
+                    : config_.head_dim_qk == config_.head_dim_vo
+                        ? "1,num_logical_pages,2,num_kv_heads,page_size,qk_head_dim"
+                        : "1,num_logical_pages,num_kv_heads*page_size*(qk_head_dim+v_head_dim)"));
   return layout;
+}
+
+Shape KVCacheObj::GroupShape(int64_t pages) const {
+  if (config_.mla) return {1, pages, config_.page_size, config_.head_dim_qk};
+  if (config_.head_dim_qk != config_.head_dim_vo) return {1, pages, k_page_ + v_page_};
+  return {1, pages, 2, config_.num_kv_heads, config_.page_size, config_.head_dim_qk};
 }
 
 String KVCacheObj::GetLayoutHash() const {
@@ -81,6 +89,9 @@ String KVCacheObj::GetCheckpointMetadata(int64_t seq_id) const {
   metadata.Set(String("seq_length"), int64_t{sequence.length});
   metadata.Set(String("sliding_window_size"), int64_t{sequence.window});
   metadata.Set(String("attn_sink_size"), int64_t{sequence.sink});
+  // Rotated keys are turned for where they were: what the window dropped counts.
+  metadata.Set(String("dropped_tokens"), int64_t{sequence.dropped});
+  metadata.Set(String("dropped_after"), int64_t{sequence.dropped > 0 ? sequence.hole_begin : 0});
   const int64_t num_pages = LogicalPages(sequence);
   json::Array groups;
   for (int32_t layer = config_.layer_begin; layer < config_.layer_end; ++layer) {
@@ -90,10 +101,10 @@ String KVCacheObj::GetCheckpointMetadata(int64_t seq_id) const {
     group.Set(String("layer_end"), int64_t{layer} + 1);
     group.Set(String("num_logical_pages"), num_pages);
     group.Set(String("dtype"), String(tvm::ffi::DLDataTypeToString(dtype_)));
-    group.Set(String("shape"),
-              json::Array{int64_t{1}, num_pages, int64_t{2}, int64_t{config_.num_kv_heads},
-                          int64_t{config_.page_size}, int64_t{config_.head_dim_qk}});
-    group.Set(String("nbytes"), num_pages * k_strides_.page * element_bytes_);
+    json::Array shape;
+    for (const int64_t extent : GroupShape(num_pages)) shape.push_back(extent);
+    group.Set(String("shape"), shape);
+    group.Set(String("nbytes"), num_pages * (k_page_ + v_page_) * element_bytes_);
     groups.push_back(group);
   }
   metadata.Set(String("groups"), groups);
@@ -104,11 +115,6 @@ const Sequence* KVCacheObj::CheckpointSequence(int64_t seq_id, const char* what)
   CheckIdle(what);
   const Sequence* sequence = pages_.Find(seq_id);
   CheckCommitted(seq_id, *sequence, what);
-  TVM_FLASHINFER_CHECK(!config_.mla, NotImplementedError)
-      << what << ": a cache of latent attention has no checkpoints";
-  TVM_FLASHINFER_CHECK(sequence->dropped == 0 || !rotates(), NotImplementedError)
-      << what << ": seq_id " << seq_id << " has a window that has slid, and keys that are rotated "
-      << "for where they were: a checkpoint doesn't tell";
   CheckImported(seq_id, what);
   return sequence;
 }
@@ -117,41 +123,43 @@ int64_t KVCacheObj::LogicalPages(const Sequence& sequence) const {
   return (int64_t{sequence.length} + config_.page_size - 1) / config_.page_size;
 }
 
-template <typename Copy>
-void KVCacheObj::ForEachGroupRow(const Sequence& sequence, int64_t group_id, const Tensor& group,
-                                 const Copy& copy) const {
+void KVCacheObj::CheckGroup(const Sequence& sequence, int64_t group_id, const Tensor& group) const {
   TVM_FLASHINFER_CHECK(group_id >= 0 && group_id < config_.num_layers(), ValueError)
       << "group_id " << group_id << " is outside [0, " << config_.num_layers()
       << "), the layers of this cache";
-  const int64_t page_size = config_.page_size, heads = config_.num_kv_heads;
   CheckTensor("page group", *group.operator->(), dtype_, device_,
-              {1, LogicalPages(sequence), 2, heads, page_size, config_.head_dim_qk});
+              GroupShape(LogicalPages(sequence)));
+}
+
+template <typename Copy>
+void KVCacheObj::ForEachGroupRow(const Sequence& sequence, int64_t group_id, const Tensor& group,
+                                 const Copy& copy) const {
+  const int64_t page_size = config_.page_size;
   char* data = static_cast<char*>(DataOf(*group.operator->()));
-  // A page group's pages are laid out as the pool's are.
-  const int64_t row_bytes = k_strides_.token * element_bytes_;
-  const int64_t v_offset = layers_[group_id].v - layers_[group_id].k;
-  for (int32_t token = 0; token < sequence.length; ++token) {
+  const auto rows = [&](char* pool, const KVStrides& strides, int64_t first, int32_t token) {
     const int32_t slot = sequence.Slot(token);
-    for (int64_t head = 0; head < heads; ++head) {
-      const auto at = [&](int64_t page, int64_t in_page) {
-        return (page * k_strides_.page + head * k_strides_.head + in_page * k_strides_.token) *
-               element_bytes_;
-      };
-      char* pool = layers_[group_id].k + at(sequence.pages[slot / page_size], slot % page_size);
-      char* row = data + at(token / page_size, token % page_size);
-      copy(pool, row, row_bytes);
-      copy(pool + v_offset, row + v_offset, row_bytes);
+    for (int64_t head = 0; head < config_.num_kv_heads; ++head) {
+      const auto in_page = [&](int64_t s) { return head * strides.head + s * strides.token; };
+      const int64_t here =
+          sequence.pages[slot / page_size] * strides.page + in_page(slot % page_size);
+      const int64_t there =
+          token / page_size * (k_page_ + v_page_) + first + in_page(token % page_size);
+      copy(pool + here * element_bytes_, data + there * element_bytes_,
+           strides.token * element_bytes_);
     }
+  };
+  for (int32_t token = 0; token < sequence.length; ++token) {
+    rows(layers_[group_id].k, k_strides_, 0, token);
+    if (!config_.mla) rows(layers_[group_id].v, v_strides_, k_page_, token);
   }
 }
 
 void KVCacheObj::ExportPageGroup(int64_t seq_id, int64_t group_id, Tensor dst) {
-  LayoutMetadata();  // the head sizes must allow it
   const Sequence& sequence = *CheckpointSequence(seq_id, "export_page_group");
-  if (sequence.length % config_.page_size != 0 && dst->ndim == 6 &&
-      dst->shape[1] == LogicalPages(sequence) && dst->dtype == dtype_) {
+  CheckGroup(sequence, group_id, dst);
+  if (sequence.length % config_.page_size != 0) {
     // The unused end of the last page holds zeros: equal sequences give equal bytes.
-    const int64_t page_bytes = k_strides_.page * element_bytes_;
+    const int64_t page_bytes = (k_page_ + v_page_) * element_bytes_;
     const std::vector<char> zeros(page_bytes, 0);
     runner_->Copy(
         static_cast<char*>(DataOf(*dst.operator->())) + (LogicalPages(sequence) - 1) * page_bytes,
@@ -187,11 +195,20 @@ void KVCacheObj::PrepareImport(int64_t seq_id, String metadata_json) {
   TVM_FLASHINFER_CHECK(window == 0 || config_.sliding_window, ValueError)
       << "argument `metadata_json`: field `sliding_window_size` is " << window
       << ", this cache was made with support_sliding_window 0";
+  const auto dropped = static_cast<int32_t>(Integer(*object, "dropped_tokens", INT32_MAX));
+  const auto after = static_cast<int32_t>(Integer(*object, "dropped_after", length));
+  TVM_FLASHINFER_CHECK(dropped == 0 || config_.sliding_window, ValueError)
+      << "argument `metadata_json`: field `dropped_tokens` is " << dropped
+      << ", this cache was made with support_sliding_window 0";
+  Import import{seq_id, std::vector<bool>(config_.num_layers(), false)};
   pages_.Replace(seq_id, length);
+  sends_.erase(seq_id);
   Sequence* sequence = pages_.Find(seq_id);
   sequence->window = window;
   sequence->sink = sink;
-  import_ = Import{seq_id, std::vector<bool>(config_.num_layers(), false)};
+  sequence->dropped = dropped;
+  sequence->hole_begin = after;
+  import_ = std::move(import);
 }
 
 KVCacheObj::Import* KVCacheObj::CheckImport(int64_t seq_id, const char* what) {
@@ -209,6 +226,7 @@ void KVCacheObj::CheckImported(int64_t seq_id, const char* what) const {
 
 void KVCacheObj::ImportPageGroup(int64_t seq_id, int64_t group_id, Tensor src) {
   Import* import = CheckImport(seq_id, "import_page_group");
+  CheckGroup(*pages_.Find(seq_id), group_id, src);
   ForEachGroupRow(
       *pages_.Find(seq_id), group_id, src,
       [&](char* pool, const char* row, int64_t bytes) { runner_->Copy(pool, row, bytes); });

@@ -6,7 +6,6 @@
 #include "tensor_view.h"
 
 namespace tvm_flashinfer {
-
 void KVCacheObj::CheckDebugTensors(const Tensor& k, const Tensor& v, int64_t length) const {
   TVM_FLASHINFER_CHECK(!config_.mla, ValueError)
       << "this cache is one of latent attention (mla): debug_get_kv_mla reads it";
@@ -49,6 +48,7 @@ void KVCacheObj::DebugGetKV(int64_t seq_id, int64_t start_pos, int64_t end_pos, 
   ForEachRow(seq_id, start_pos, end_pos, [&](char* row, int64_t at, int64_t bytes, bool is_k) {
     runner_->Copy((is_k ? k : v) + at, row, bytes);
   });
+  if (inline_rope_) TurnKeys(*pages_.Find(seq_id), start_pos, k_data, k_data, Turn::kBack);
 }
 
 void KVCacheObj::DebugSetKV(int64_t seq_id, int64_t start_pos, Tensor k_data, Tensor v_data) {
@@ -57,6 +57,11 @@ void KVCacheObj::DebugSetKV(int64_t seq_id, int64_t start_pos, Tensor k_data, Te
   const int64_t length = k_data->shape[1];
   CheckRange(seq_id, start_pos, start_pos + length);
   CheckDebugTensors(k_data, v_data, length);
+  if (inline_rope_) {
+    Tensor turned = Tensor::Empty(k_data.Shape(), dtype_, device_);
+    TurnKeys(*pages_.Find(seq_id), start_pos, k_data, turned, Turn::kForth);
+    k_data = turned;
+  }
   const char* k = static_cast<const char*>(DataOf(*k_data.operator->()));
   const char* v = static_cast<const char*>(DataOf(*v_data.operator->()));
   ForEachRow(seq_id, start_pos, start_pos + length,

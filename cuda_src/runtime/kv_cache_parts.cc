@@ -195,23 +195,39 @@ void KVCacheObj::AppendMLAKV(int64_t layer_id, Tensor kv_data) {
   Append(layer, &no_queries, rows, rows);
 }
 
-void KVCacheObj::DebugGetKVMLA(int64_t seq_id, int64_t start_pos, int64_t end_pos, Tensor kv_data) {
+/*! Call copy(pool row, row of kv_data, bytes). */
+template <typename Copy>
+void KVCacheObj::ForEachLatentRow(int64_t seq_id, int64_t start, int64_t end, const Tensor& kv_data,
+                                  const Copy& copy) {
   TVM_FLASHINFER_CHECK(config_.mla, ValueError)
-      << "debug_get_kv_mla: this cache is not one of latent attention (mla)";
-  CheckRange(seq_id, start_pos, end_pos);
+      << "this cache is not one of latent attention (mla): debug_get_kv and debug_set_kv are for "
+         "it";
+  CheckRange(seq_id, start, end);
   CheckTensor("kv_data", *kv_data.operator->(), dtype_, device_,
-              {config_.num_layers(), end_pos - start_pos, config_.head_dim_qk});
+              {config_.num_layers(), end - start, config_.head_dim_qk});
   const Sequence* sequence = pages_.Find(seq_id);
-  char* to = static_cast<char*>(DataOf(*kv_data.operator->()));
+  char* at = static_cast<char*>(DataOf(*kv_data.operator->()));
   const int64_t bytes = k_strides_.token * element_bytes_;
   for (const LayerPool& layer : layers_) {
-    for (int64_t token = start_pos; token < end_pos; ++token, to += bytes) {
+    for (int64_t token = start; token < end; ++token, at += bytes) {
       const int32_t slot = sequence->Slot(static_cast<int32_t>(token));
       const int64_t row = int64_t{sequence->pages[slot / config_.page_size]} * config_.page_size +
                           slot % config_.page_size;
-      runner_->Copy(to, layer.k + row * bytes, bytes);
+      copy(layer.k + row * bytes, at, bytes);
     }
   }
+}
+
+void KVCacheObj::DebugGetKVMLA(int64_t seq_id, int64_t start_pos, int64_t end_pos, Tensor kv_data) {
+  ForEachLatentRow(seq_id, start_pos, end_pos, kv_data,
+                   [&](char* pool, char* row, int64_t bytes) { runner_->Copy(row, pool, bytes); });
+}
+
+void KVCacheObj::DebugSetKVMLA(int64_t seq_id, int64_t start_pos, Tensor kv_data) {
+  TVM_FLASHINFER_CHECK(kv_data->ndim == 3, ValueError)
+      << "argument `kv_data` has " << kv_data->ndim << " axes, expected (layer, token, dim)";
+  ForEachLatentRow(seq_id, start_pos, start_pos + kv_data->shape[1], kv_data,
+                   [&](char* pool, char* row, int64_t bytes) { runner_->Copy(pool, row, bytes); });
 }
 
 }  // namespace tvm_flashinfer

@@ -171,6 +171,12 @@ AttentionKVCache WithSlidingLayers(AttentionKVCache cache, Shape layers, int64_t
   return cache;
 }
 
+/*! \brief RoPE of a fresh cache is inline (TVM's RopeMode); returns the cache. */
+AttentionKVCache WithInlineRope(AttentionKVCache cache) {
+  Ours(cache)->UseInlineRope();
+  return cache;
+}
+
 AttentionKVCache UseTransfer(AttentionKVCache cache, Function transfer) {
   Ours(cache)->UseTransfer(std::move(transfer));
   return cache;
@@ -189,6 +195,13 @@ void KVCacheAttention(AttentionKVCache cache, int64_t layer_id, double sm_scale,
                          *o.operator->(), kHeadMajor);
 }
 
+/*! \brief As vm.builtin.attention_kv_cache_attention_with_fused_qkv, which passes no mask on. */
+void AttentionWithMask(AttentionKVCache cache, int64_t layer_id, double sm_scale, Tensor qkv,
+                       Tensor mask, Tensor o) {
+  Ours(cache)->AttentionWithFusedQKV(layer_id, std::move(qkv), std::move(mask), std::move(o),
+                                     sm_scale);
+}
+
 /*!
  * \brief As vm.builtin.attention_kv_cache_get_query_positions, which Relax's graph capture excludes
  * by its name.
@@ -201,6 +214,10 @@ void DebugSetKV(AttentionKVCache cache, int64_t seq_id, int64_t start_pos, Tenso
   Ours(cache)->DebugSetKV(seq_id, start_pos, k, v);
 }
 
+void DebugSetKVMLA(AttentionKVCache cache, int64_t seq_id, int64_t start_pos, Tensor kv) {
+  Ours(cache)->DebugSetKVMLA(seq_id, start_pos, kv);
+}
+
 TVM_FFI_STATIC_INIT_BLOCK() {
   tvm::ffi::reflection::GlobalDef()
       .def("tvm_flashinfer.kv_cache_create", CreateKVCache)
@@ -208,13 +225,16 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("tvm_flashinfer.kv_cache_create_split_rotary", CreateKVCacheSplitRotary)
       .def("tvm_flashinfer.kv_cache_create_mla", CreateKVCacheMLA)
       .def("tvm_flashinfer.kv_cache_with_sliding_layers", WithSlidingLayers)
+      .def("tvm_flashinfer.kv_cache_with_inline_rope", WithInlineRope)
       .def("tvm_flashinfer.kv_cache_use_transfer", UseTransfer)
       .def("tvm_flashinfer.kv_cache_with_variant", WithVariant)
       .def("tvm_flashinfer.kv_cache_attention", KVCacheAttention<false>)
       .def("tvm_flashinfer.kv_cache_attention_bhsd", KVCacheAttention<true>)
+      .def("tvm_flashinfer.kv_cache_attention_with_mask", AttentionWithMask)
       .def("tvm_flashinfer.kv_cache_query_positions", QueryPositions)
       .def("tvm_flashinfer.kv_cache_graph_key", GraphKey)
-      .def("tvm_flashinfer.kv_cache_debug_set_kv", DebugSetKV);
+      .def("tvm_flashinfer.kv_cache_debug_set_kv", DebugSetKV)
+      .def("tvm_flashinfer.kv_cache_debug_set_kv_mla", DebugSetKVMLA);
 }
 
 }  // namespace

@@ -11,12 +11,16 @@
 
 namespace tvm_flashinfer {
 
+using tvm::ffi::Function;
+
+/*! The function that a cache sends by unless it was given one. */
+static constexpr const char* kTransfer = "tvm_flashinfer.kv_transfer";
+
 Shape KVCacheObj::DisaggPrepareRecv(int64_t seq_id, int length) {
   TVM_FLASHINFER_CHECK(length > 0, ValueError)
       << "disagg_prepare_recv: length is " << length << ", expected at least 1";
   // Its tokens are there from now on; their keys and values come from another cache.
-  BeginForward({seq_id}, {length}, std::nullopt);
-  EndForward();
+  PrepareStep({seq_id}, {length}, std::nullopt);
   std::vector<int64_t> runs{0};
   for (const int64_t slot : layout_.slots()) {
     if (runs[0] > 0 && slot == runs[runs.size() - 2] + runs.back()) {
@@ -26,7 +30,10 @@ Shape KVCacheObj::DisaggPrepareRecv(int64_t seq_id, int length) {
       runs.insert(runs.end(), {slot, 1});
     }
   }
-  return Shape(runs);
+  Shape map(runs);
+  CommitStep();
+  EndForward();
+  return map;
 }
 
 void KVCacheObj::DisaggMarkSend(int64_t seq_id, int64_t begin,
@@ -35,17 +42,19 @@ void KVCacheObj::DisaggMarkSend(int64_t seq_id, int64_t begin,
   CheckIdle("disagg_mark_send");
   const Shape& map = compressed_remote_position_map;
   const Sequence* sequence = pages_.Find(seq_id);
+  if (!transfer_.has_value()) transfer_ = Function::GetGlobal(kTransfer);
   TVM_FLASHINFER_CHECK(transfer_.has_value(), RuntimeError)
       << "disagg_mark_send: this cache has nothing to send by; give it a function with "
-      << "tvm_flashinfer.kv_cache_use_transfer";
+      << "tvm_flashinfer.kv_cache_use_transfer, or register one as " << kTransfer;
   TVM_FLASHINFER_CHECK(begin >= 0, ValueError) << "begin is " << begin << ", expected at least 0";
-  TVM_FLASHINFER_CHECK(sequence->dropped == 0, NotImplementedError)
-      << "disagg_mark_send: seq_id " << seq_id << " has a window that has slid";
+  TVM_FLASHINFER_CHECK(sequence->dropped == 0 || !rotates(), ValueError)
+      << "disagg_mark_send: seq_id " << seq_id << " has a window that has slid, and keys that are "
+      << "rotated for where they were, which the receiver can't know: send it before it slides";
   TVM_FLASHINFER_CHECK(!map.empty() && static_cast<int64_t>(map.size()) == 2 * map[0] + 1,
                        ValueError)
       << "compressed_remote_position_map has " << map.size()
       << " entries, expected [n, begin_1, length_1, ..., begin_n, length_n]";
-  Send send{begin, {}, recver_pe_offset};
+  Send send{begin, sequence->dropped, {}, recver_pe_offset};
   for (size_t i = 1; i < map.size(); i += 2) {
     for (int64_t j = 0; j < map[i + 1]; ++j) {
       send.remote.push_back(static_cast<int32_t>(map[i] + j));
@@ -67,18 +76,19 @@ void KVCacheObj::PlanSends(const Shape& seq_ids) {
     if (found == sends_.end()) continue;
     Send& send = found->second;
     const Sequence& sequence = *requests_[i].sequence;
-    const int64_t fresh = sequence.length - requests_[i].count;
-    const int64_t room = send.begin + static_cast<int64_t>(send.remote.size());
-    StepSend step;
-    step.receiver = send.receiver;
-    for (int64_t token = send.past ? send.begin : std::max(send.begin, fresh);
-         token < std::min<int64_t>(sequence.length, room); ++token) {
+    const int64_t fresh = sequence.length;
+    // Its window may have slid since the mark.
+    const int64_t begin = send.begin - (sequence.dropped - send.dropped);
+    const int64_t room = begin + static_cast<int64_t>(send.remote.size());
+    const int32_t* pages = page_ids_.data() + page_indptr_[i];
+    StepSend step{&send, {}, {}};
+    for (int64_t token = send.past ? begin : std::max(begin, fresh);
+         token < std::min<int64_t>(fresh + requests_[i].count, room); ++token) {
       const int32_t slot = sequence.Slot(static_cast<int32_t>(token));
-      step.local.push_back(sequence.pages[slot / config_.page_size] * config_.page_size +
+      step.local.push_back(pages[slot / config_.page_size] * config_.page_size +
                            slot % config_.page_size);
-      step.remote.push_back(send.remote[token - send.begin]);
+      step.remote.push_back(send.remote[token - begin]);
     }
-    send.past = false;
     if (!step.local.empty()) step_sends_.push_back(std::move(step));
   }
 }
@@ -91,7 +101,7 @@ void KVCacheObj::SendStored(int32_t layer) {
   };
   for (const StepSend& send : step_sends_) {
     (*transfer_)(int64_t{layer} + config_.layer_begin, layers_[layer].data, rows(send.local),
-                 rows(send.remote), int64_t{send.receiver});
+                 rows(send.remote), int64_t{send.whole->receiver});
   }
 }
 

@@ -48,26 +48,34 @@ void KVCacheObj::CommitAcceptedTokenTreeNodes(const Shape& seq_ids, const Shape&
           << "seq_ids names sequence " << seq_ids[i] << " twice";
     }
   }
+  // A path ascends, and no node lies before its depth: copied from the root on, nothing that is
+  // still to be read is overwritten.
+  std::vector<std::vector<int32_t>> paths(seq_ids.size());
+  for (size_t i = 0; i < seq_ids.size(); ++i) {
+    const TokenTree& tree = pages_.Find(seq_ids[i])->tree;
+    const auto leaf = static_cast<int32_t>(leaf_indices[i]);
+    paths[i].resize(leaf < 0 ? 0 : tree.depths[leaf] + 1);
+    for (int32_t node = leaf; node >= 0; node = tree.parents[node]) {
+      paths[i][tree.depths[node]] = node;
+    }
+  }
+  // Nothing fails from here on.
   for (size_t i = 0; i < seq_ids.size(); ++i) {
     Sequence* sequence = pages_.Find(seq_ids[i]);
-    const int32_t prefix = sequence->length - sequence->tree.size();
-    const TokenTree tree = std::move(sequence->tree);
-    sequence->tree = {};
-    const int32_t leaf = static_cast<int32_t>(leaf_indices[i]);
-    const int32_t kept = leaf < 0 ? 0 : tree.depths[leaf] + 1;
-    // A path ascends, and no node lies before its depth: copied from the root on, nothing that is
-    // still to be read is overwritten.
-    std::vector<int32_t> path(kept);
-    for (int32_t node = leaf; node >= 0; node = tree.parents[node]) path[tree.depths[node]] = node;
+    const int32_t size = sequence->tree.size();
+    const int32_t prefix = sequence->length - size;
+    const auto kept = static_cast<int32_t>(paths[i].size());
     const auto slot = [&](int32_t token) {
       const int32_t s = sequence->Slot(token);
       return int64_t{sequence->pages[s / config_.page_size]} * config_.page_size +
              s % config_.page_size;
     };
     for (int32_t depth = 0; depth < kept; ++depth) {
-      if (path[depth] != depth) CopyToken(slot(prefix + path[depth]), slot(prefix + depth));
+      const int32_t node = paths[i][depth];
+      if (node != depth) CopyToken(slot(prefix + node), slot(prefix + depth));
     }
-    pages_.PopN(seq_ids[i], tree.size() - kept);
+    pages_.PopN(seq_ids[i], size - kept);
+    sequence->tree = {};
     pages_.Slide(sequence);
   }
 }
@@ -85,7 +93,7 @@ void KVCacheObj::CopyToken(int64_t from_slot, int64_t to_slot) {
   };
   for (LayerPool& layer : layers_) {
     copy(layer.k, k_strides_);
-    copy(layer.v, v_strides_);
+    if (!config_.mla) copy(layer.v, v_strides_);
   }
 }
 

@@ -111,7 +111,7 @@ class PageTable {
 
   void Add(int64_t id) {
     CheckAbsent("seq_id", id);
-    sequences_[id].pages.reserve(num_pages());
+    sequences_.emplace(id, NewSequence());
   }
 
   Sequence* Find(int64_t id) {
@@ -139,9 +139,10 @@ class PageTable {
     TVM_FLASHINFER_CHECK(NumPages(length) <= available, ValueError)
         << "the KV cache has " << available << " pages of " << page_size_ << " tokens for seq_id "
         << id << ", it needs " << NumPages(length);
-    if (sequences_.count(id) != 0) Remove(id);
-    Add(id);
-    Sequence* sequence = Find(id);
+    Sequence fresh = NewSequence();
+    Sequence* sequence = &sequences_[id];  // nothing after this can fail
+    Truncate(sequence, 0);
+    *sequence = std::move(fresh);
     while (static_cast<int32_t>(sequence->pages.size()) < NumPages(length)) {
       sequence->pages.push_back(Take());
     }
@@ -198,15 +199,16 @@ class PageTable {
 
   /*!
    * \brief Pages of every request after its append, in order, without changing anything.
-   * \param kv_indptr [n + 1], \param kv_indices page ids; both are overwritten.
-   * \return Pages the append takes from the free list.
+   * \param kv_indptr [n + 1], \param kv_indices page ids, \param copies shared partial pages that
+   * the step writes, and the free ones that take their place; all three are overwritten.
    * \throws ValueError when the free list is too short.
    */
-  int32_t Preview(const std::vector<AppendRequest>& requests, std::vector<int32_t>* kv_indptr,
-                  std::vector<int32_t>* kv_indices) {
+  void Preview(const std::vector<AppendRequest>& requests, std::vector<int32_t>* kv_indptr,
+               std::vector<int32_t>* kv_indices, std::vector<PageCopy>* copies) {
     int32_t taken = 0;
     kv_indptr->assign(1, 0);
     kv_indices->clear();
+    copies->clear();
     for (const AppendRequest& r : requests) {
       taken += CopiesLastPage(r) + PagesAfter(r) - static_cast<int32_t>(r.sequence->pages.size());
       if (CopiesLastPage(r)) ++pending_[r.sequence->pages.back()];
@@ -222,6 +224,7 @@ class PageTable {
       if (CopiesLastPage(r)) {
         ++pending_[pages.back()];
         kv_indices->back() = NextFree(taken++);
+        copies->push_back({pages.back(), kv_indices->back()});
       }
       const int32_t end = PagesAfter(r);
       for (int32_t i = static_cast<int32_t>(pages.size()); i < end; ++i) {
@@ -230,19 +233,15 @@ class PageTable {
       kv_indptr->push_back(static_cast<int32_t>(kv_indices->size()));
     }
     for (const AppendRequest& r : requests) ClearPending(r);
-    return taken;
   }
 
   /*! \brief Make what Preview showed real. Never fails after a Preview of the same requests. */
-  void Commit(const std::vector<AppendRequest>& requests, std::vector<PageCopy>* copies) {
-    copies->clear();
+  void Commit(const std::vector<AppendRequest>& requests) {
     for (const AppendRequest& r : requests) {
       auto& pages = r.sequence->pages;
       if (CopiesLastPage(r)) {
-        const int32_t page = Take();
-        copies->push_back({pages.back(), page});
         --references_[pages.back()];
-        pages.back() = page;
+        pages.back() = Take();
       }
       const int32_t end = PagesAfter(r);
       while (static_cast<int32_t>(pages.size()) < end) pages.push_back(Take());
@@ -252,6 +251,12 @@ class PageTable {
   }
 
  private:
+  /*! With room for every page of the pool: appending to it never allocates. */
+  Sequence NewSequence() const {
+    Sequence sequence;
+    sequence.pages.reserve(num_pages());
+    return sequence;
+  }
   int32_t NumPages(int32_t slots) const {
     return static_cast<int32_t>((int64_t{slots} + page_size_ - 1) / page_size_);
   }

@@ -129,6 +129,35 @@ void StepLayout::BuildOwn(const std::vector<AppendRequest>& requests) {
   }
 }
 
+void StepLayout::BuildMasked(const std::vector<AppendRequest>& requests,
+                             const std::vector<int32_t>& page_indptr,
+                             const std::vector<int32_t>& pages,
+                             const std::vector<uint8_t>& visible) {
+  Clear();
+  by_token_ = true;
+  num_levels_ = 2;
+  const uint8_t* row = visible.data();
+  for (size_t i = 0; i < requests.size(); ++i) {
+    const AppendRequest& r = requests[i];
+    const int32_t* own = pages.data() + page_indptr[i];
+    const int32_t length = r.sequence->length, past = length - r.count;
+    qo_indptr_.push_back(qo_indptr_.back() + r.count);
+    kv_len_.push_back(length);
+    AddTokens(*r.sequence, own, 0, past, &levels_[0].kv_indices);
+    levels_[0].EndRow(r.count, past == 0 ? 0 : 1, 0);
+    for (int32_t query = 0; query < r.count; ++query, row += r.count) {
+      // A kernel hides what follows a query: every query is at the end.
+      positions_.push_back(length - 1);
+      slots_.push_back(-1);
+      const size_t before = levels_[1].kv_indices.size();
+      for (int32_t key = 0; key < r.count; ++key) {
+        if (row[key] != 0) levels_[1].kv_indices.push_back(Block(*r.sequence, own, past + key));
+      }
+      levels_[1].EndRow(1, levels_[1].kv_indices.size() == before ? 0 : 1, past);
+    }
+  }
+}
+
 void StepLayout::AddSequence(const AppendRequest& r, int32_t length, const int32_t* pages,
                              int32_t num_pages, Level* level) {
   if (by_token_) {

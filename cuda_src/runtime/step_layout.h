@@ -55,6 +55,16 @@ class StepLayout {
   /*! \brief Lay out the attention of a step among its own tokens, one after another in memory. */
   void BuildOwn(const std::vector<AppendRequest>& requests);
 
+  /*!
+   * \brief Lay out the attention of a step whose tokens see what a mask says, in place of what is
+   * causal, and all tokens before the step.
+   * \param requests Sequences as they are in the step, none with a token tree.
+   * \param visible [sum of count * count] Of each request a matrix (query, key) of its tokens.
+   */
+  void BuildMasked(const std::vector<AppendRequest>& requests,
+                   const std::vector<int32_t>& page_indptr, const std::vector<int32_t>& pages,
+                   const std::vector<uint8_t>& visible);
+
   /*! \brief Whether blocks are single tokens rather than pages. */
   bool by_token() const { return by_token_; }
   int32_t num_levels() const { return num_levels_; }

@@ -55,8 +55,9 @@ inline void* DataOf(const DLTensor& t) { return static_cast<char*>(t.data) + t.b
  * Leading extents of 1 beyond the expected rank are accepted: models keep a batch axis of 1.
  * \param name The argument, as the caller knows it.
  */
-inline void CheckTensor(const char* name, const DLTensor& t, DLDataType dtype, DLDevice device,
-                        std::initializer_list<int64_t> shape) {
+template <typename Extents = std::initializer_list<int64_t>>
+void CheckTensor(const char* name, const DLTensor& t, DLDataType dtype, DLDevice device,
+                 const Extents& shape) {
   using tvm::ffi::DLDataTypeToString;
   TVM_FLASHINFER_CHECK(t.dtype == dtype, TypeError)
       << "argument `" << name << "` has dtype " << DLDataTypeToString(t.dtype) << ", expected "

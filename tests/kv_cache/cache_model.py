@@ -30,7 +30,8 @@ def to_tvm(array: Array) -> Any:
 
 
 def reference_attention(q: Array, k: Array, v: Array, visible: Array | None = None) -> Array:
-    """Attention in float64. The last query sits on the last key, and sees no later one.
+    """Attention in float64. The last query sits on the last key, and sees no later one; one that
+    sees no key gets 0.
 
     q: [n, Hq, D]; k: [t, Hkv, D]; v: [t, Hkv, Dv]; visible: [n, t], causal unless given.
     """
@@ -44,8 +45,9 @@ def reference_attention(q: Array, k: Array, v: Array, visible: Array | None = No
         n, t = q.shape[0], k.shape[0]
         visible = np.arange(t)[None] <= np.arange(n)[:, None] + t - n
     logits = np.where(visible, logits, -np.inf)
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
+    top = logits.max(axis=-1, keepdims=True, initial=-1e300)  # of a row that sees nothing, finite
+    weights = np.exp(logits - top)
+    weights /= np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300)
     return np.einsum("hnt,thd->nhd", weights, values)
 
 
@@ -64,6 +66,11 @@ class Dims:
     dtype: str = "float32"
     first_layer: int = 0
     sliding_window: bool = False
+    head_dim_vo: int | None = None
+
+    @property
+    def dim_vo(self) -> int:
+        return self.head_dim if self.head_dim_vo is None else self.head_dim_vo
 
     @property
     def num_pages(self) -> int:
@@ -148,8 +155,11 @@ class Twin:
 
     def empty_tokens(self) -> Tokens:
         d = self.dims
-        empty = np.zeros((d.num_layers, 0, d.num_kv_heads, d.head_dim), numpy_dtype(d.dtype))
-        return Tokens(empty, empty)
+        k, v = (
+            np.zeros((d.num_layers, 0, d.num_kv_heads, dim), numpy_dtype(d.dtype))
+            for dim in (d.head_dim, d.dim_vo)
+        )
+        return Tokens(k, v)
 
     def length(self, seq_id: int) -> int:
         return self.sequences[seq_id].length
@@ -220,24 +230,30 @@ class Twin:
         lengths: Sequence[int],
         form: str | None = None,
         trees: Sequence[Sequence[int]] | None = None,
+        masks: Sequence[Array] | None = None,
     ) -> None:
         """One step over every layer. Attention is compared with the oracle, token by token.
 
         ``form`` is "token", "head" (the order of q's axes) or "fused"; they take turns otherwise.
-        ``trees[i]`` are the parents of the new tokens of ``seq_ids[i]``.
+        ``trees[i]`` are the parents of the new tokens of ``seq_ids[i]``, ``masks[i]`` says which of
+        them see which.
         """
-        if form is None:
-            form = ("token", "head", "fused")[self.forms % 3]
+        if masks is not None:
+            form = "fused"
+        elif form is None:
+            forms = ("token", "head", "fused") if self.dims.head_dim_vo is None else ("token",)
+            form = forms[self.forms % len(forms)]
             self.forms += 1
         d, n = self.dims, sum(lengths)
         q = self.random(d.num_layers, n, d.num_qo_heads, d.head_dim)
         k = self.random(d.num_layers, n, d.num_kv_heads, d.head_dim)
-        v = self.random(d.num_layers, n, d.num_kv_heads, d.head_dim)
+        v = self.random(d.num_layers, n, d.num_kv_heads, d.dim_vo)
+        mask = None if masks is None else np.concatenate([[], *map(np.ravel, masks)]).astype(bool)
         parents = None if trees is None else [p for tree in trees for p in tree]
         with self.cache.step(seq_ids, lengths, parents):
             positions = self.cache.query_positions().numpy()
             outputs = [
-                self._attend(d.first_layer + layer, q[layer], k[layer], v[layer], form)
+                self._attend(d.first_layer + layer, q[layer], k[layer], v[layer], form, mask)
                 for layer in range(d.num_layers)
             ]
         assert positions.dtype == np.int32 and positions.shape == (n,)
@@ -251,6 +267,8 @@ class Twin:
             self.sequences[seq_id] = tokens
             self.pages.append(seq_id, count)
             visible, expected_positions = self._sight(seq_id, count)
+            if masks is not None:
+                visible[:, visible.shape[1] - count :] = masks[i]
             assert positions[new].tolist() == expected_positions
             for layer in range(d.num_layers):
                 expected = reference_attention(
@@ -288,10 +306,26 @@ class Twin:
             self.sequences[seq_id] = tokens[:prefix].extended(tokens.k[:, path], tokens.v[:, path])
             self._slide(seq_id)
 
-    def _attend(self, layer: int, q: Array, k: Array, v: Array, form: str) -> Array:
-        out = tvm.runtime.empty(q.shape, self.dims.dtype)
+    def import_from(self, source: Twin, seq_id: int, new_id: int) -> None:
+        """Take a sequence of another cache, or of this one, by a checkpoint."""
+        self.cache.import_sequence(new_id, *source.cache.export_sequence(seq_id))
+        window = source.windows.get(seq_id)
+        tokens = source.sequences[seq_id][:]
+        self.windows.pop(new_id, None)
+        self.sequences[new_id] = tokens
+        if window is not None:
+            self.windows[new_id] = window
+        self.pages.tokens[new_id] = []
+        self.pages.append(new_id, tokens.length)
+
+    def _attend(
+        self, layer: int, q: Array, k: Array, v: Array, form: str, mask: Array | None = None
+    ) -> Array:
+        out = tvm.runtime.empty((*q.shape[:2], v.shape[2]), self.dims.dtype)
         if form == "fused":
-            self.cache.attention_fused_qkv(layer, to_tvm(np.concatenate([q, k, v], 1)), out)
+            qkv = to_tvm(np.concatenate([q, k, v], 1))
+            visible = None if mask is None else to_tvm(mask)
+            self.cache.attention_fused_qkv(layer, qkv, out, mask=visible)
         elif form == "head":
             heads = [to_tvm(x.transpose(1, 0, 2)[None]) for x in (q, k, v)]
             self.cache.attention(layer, *heads, out, head_major=True)
@@ -303,8 +337,8 @@ class Twin:
 
     def cached(self, seq_id: int, begin: int, end: int) -> Tokens:
         d = self.dims
-        shape = (d.num_layers, end - begin, d.num_kv_heads, d.head_dim)
-        k, v = (tvm.runtime.empty(shape, d.dtype) for _ in range(2))
+        shape = (d.num_layers, end - begin, d.num_kv_heads)
+        k, v = (tvm.runtime.empty((*shape, dim), d.dtype) for dim in (d.head_dim, d.dim_vo))
         self.cache.get_kv(seq_id, begin, end, k, v)
         return Tokens(k.numpy(), v.numpy())
 

@@ -155,3 +155,20 @@ def test_a_layer_may_attend_the_keys_of_another_one() -> None:
     twin.sequences[0] = tokens
     twin.pages.append(0, 4)
     twin.check()
+
+
+@pytest.mark.parametrize("dim_vo", [16, 48])
+def test_values_of_another_length_than_keys(dim_vo: int) -> None:
+    """Shared pages, token trees and slid windows, whose blocks are single tokens."""
+    twin = Twin(Dims(head_dim_vo=dim_vo, page_size=5, sliding_window=True))
+    for seq_id in range(3):
+        twin.add(seq_id)
+    twin.enable_window(0, 17, 3)
+    twin.forward([0, 1, 2], [23, 12, 1])
+    twin.fork(1, 3, 11)
+    twin.forward([0, 3, 1], [1, 2, 1])
+    twin.forward([0, 1], [4, 5], trees=[[-1, -1, 0, 1], [-1, 0, 0, 2, 2]])
+    twin.commit([0, 1], [3, 4])
+    twin.check()
+    twin.forward([0, 1, 2, 3], [1, 1, 1, 1])
+    twin.check()

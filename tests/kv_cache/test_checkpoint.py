@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 import tvm
-from cache_model import Dims, Twin
+from cache_model import Dims, Twin, to_tvm
 
-
-def moved(source: Twin, seq_id: int, target: Twin, new_id: int) -> None:
-    target.cache.import_sequence(new_id, *source.cache.export_sequence(seq_id))
-    target.sequences[new_id] = source.sequences[seq_id][:]
-    if seq_id in source.windows:
-        target.windows[new_id] = source.windows[seq_id]
-    target.pages.tokens[new_id] = []
-    target.pages.append(new_id, source.length(seq_id))
+from tvm_flashinfer.kv_cache import KVCache
+from tvm_flashinfer.rope import RopeConfig
 
 
 @pytest.mark.parametrize("page_size", [1, 5, 16])
@@ -31,11 +26,11 @@ def test_a_sequence_moves_between_caches(dtype: str, page_size: int) -> None:
         twin.forward([0], [17])
     source.fork(0, 3, 11)
     source.forward([3], [12])
-    moved(source, 3, target, 7)
+    target.import_from(source, 3, 7)
     target.check()
     target.forward([7, 0], [1, 4])
     target.check()
-    moved(target, 7, source, 3)  # in place of the one that is there
+    source.import_from(target, 7, 3)  # in place of the one that is there
     source.check()
     source.forward([3, 0], [5, 5])
     source.check()
@@ -44,10 +39,10 @@ def test_a_sequence_moves_between_caches(dtype: str, page_size: int) -> None:
 def test_an_empty_sequence_and_a_full_page() -> None:
     twin = Twin()
     twin.add(0)
-    moved(twin, 0, twin, 1)
+    twin.import_from(twin, 0, 1)
     twin.check()
     twin.forward([1], [32])
-    moved(twin, 1, twin, 2)
+    twin.import_from(twin, 1, 2)
     twin.forward([2], [1])
     twin.check()
 
@@ -57,7 +52,7 @@ def test_a_slid_window_arrives_without_its_hole() -> None:
     source.add(0)
     source.enable_window(0, 20, 4)
     source.forward([0], [37])
-    moved(source, 0, target, 0)
+    target.import_from(source, 0, 0)
     target.check()
     for length in (3, 1, 30):
         target.forward([0], [length])
@@ -151,7 +146,7 @@ def test_a_sequence_that_waits_for_its_page_groups_is_left_alone() -> None:
     twin.forward([0], [2])  # others go on
     twin.cache.remove_sequence(1)
     twin.check()
-    moved(twin, 0, twin, 1)
+    twin.import_from(twin, 0, 1)
     twin.check()
 
 
@@ -163,3 +158,83 @@ def test_a_token_tree_must_be_committed_first() -> None:
         RuntimeError, match="get_checkpoint_metadata: seq_id 0 ends in a token tree"
     ):
         twin.cache.export_sequence(0)
+
+
+def test_values_shorter_than_keys() -> None:
+    dims = Dims(head_dim_vo=16, page_size=5)
+    source, target = Twin(dims), Twin(dims, seed=1)
+    for twin in (source, target):
+        twin.add(0)
+        twin.forward([0], [23])
+    target.import_from(source, 0, 4)
+    target.check()
+    target.forward([4, 0], [1, 2])
+    target.check()
+
+
+def test_latent_attention() -> None:
+    options: dict[str, Any] = {
+        "num_layers": 2,
+        "num_qo_heads": 2,
+        "latent_dim": 24,
+        "rope_dim": 8,
+        "own_head_dim": 16,
+        "own_head_dim_vo": 16,
+        "max_total_seq_len": 64,
+        "page_size": 5,
+    }
+    source, target = (KVCache.create_mla(**options) for _ in range(2))
+    assert source.layout_hash() == target.layout_hash()
+    rows = np.random.default_rng(0).standard_normal((2, 13, 32), np.float32)
+    source.add_sequence(0)
+    with source.step([0], [13]):
+        for layer in range(2):
+            source.append_mla(layer, to_tvm(rows[layer]))
+    metadata, tensors = source.export_sequence(0)
+    assert tensors[0].shape == (1, 3, 5, 32)
+    assert not tensors[0].numpy()[0, -1, 3:].any(), "zeros follow the last token"
+    target.import_sequence(7, metadata, tensors)
+    found = tvm.runtime.empty(rows.shape, "float32")
+    target.get_rows(7, 0, 13, found)
+    assert (found.numpy() == rows).all()
+    target.set_rows(7, 4, to_tvm(rows[:, :3]))
+    target.get_rows(7, 0, 13, found)
+    assert (found.numpy()[:, 4:7] == rows[:, :3]).all()
+    assert (found.numpy()[:, 7:] == rows[:, 7:]).all()
+
+
+@pytest.mark.parametrize("sink", [0, 3])
+def test_rotated_keys_behind_a_slid_window_go_on_where_they_were(sink: int) -> None:
+    """The sequence that moved attends like the one that stayed."""
+    caches = [
+        KVCache.create(
+            num_layers=1,
+            num_qo_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+            max_total_seq_len=64,
+            page_size=5,
+            sliding_window=True,
+            rope=RopeConfig(theta=100.0),
+        )
+        for _ in range(2)
+    ]
+    rng = np.random.default_rng(0)
+
+    def step(cache: KVCache, qkv: Any) -> Any:
+        out = tvm.runtime.empty((len(qkv), 4, 32), "float32")
+        with cache.step([0], [len(qkv)]):
+            cache.attention_fused_qkv(0, to_tvm(qkv), out)
+        return out.numpy()
+
+    caches[0].add_sequence(0)
+    caches[0].enable_sliding_window(0, 20, sink)
+    for count in (17, 9, 12):
+        step(caches[0], rng.standard_normal((count, 8, 32), np.float32))
+    metadata, tensors = caches[0].export_sequence(0)
+    assert json.loads(metadata)["dropped_tokens"] == 18
+    caches[1].import_sequence(0, metadata, tensors)
+    for count in (1, 7, 30, 1):
+        qkv = rng.standard_normal((count, 8, 32), np.float32)
+        stayed, moved = (step(cache, qkv) for cache in caches)
+        np.testing.assert_allclose(moved, stayed, atol=2e-6)

@@ -14,7 +14,9 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache as AnyPagedKVCache
 from tvm.relax.frontend.nn.llm.kv_cache import RopeMode, TIRPagedKVCache
 
+from tvm_flashinfer.kv_cache import KVCache
 from tvm_flashinfer.nn import PagedKVCache
+from tvm_flashinfer.rope import RopeConfig
 
 QUERY_HEADS, KV_HEADS, DIM = 4, 2, 32
 SCALINGS: dict[str, dict[str, Any]] = {
@@ -22,6 +24,13 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "gptj": {"rope_type": "gptj"},
     "llama3": {
         "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    },
+    "llama4": {
+        "rope_type": "llama4",
         "factor": 8.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
@@ -68,22 +77,21 @@ def arguments(**changed: Any) -> dict[str, Any]:
 class Model(nn.Module):
     """One attention layer, and the function that makes its cache."""
 
-    def __init__(self, cache_class: type, scaling: dict[str, Any]) -> None:
+    def __init__(self, cache_class: type, scaling: dict[str, Any], **changed: Any) -> None:
         self.cache_class = cache_class
-        self.scaling = scaling
+        self.changed = changed | {"rope_scaling": scaling}
         self.kernels: list[Any] = []
 
     def forward(self, qkv: nn.Tensor, cache: AnyPagedKVCache) -> nn.Tensor:
         return cache.attention_with_fused_qkv(0, qkv, QUERY_HEADS, DIM**-0.5)
 
     def create(self) -> AnyPagedKVCache:
-        cache = self.cache_class(**arguments(rope_scaling=self.scaling))
+        cache = self.cache_class(**arguments(**self.changed))
         self.kernels = cache.extern_mods
         return cache
 
 
-def outputs(cache_class: type, scaling: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
-    model = Model(cache_class, scaling)
+def compiled(model: Model) -> Any:
     width = QUERY_HEADS + 2 * KV_HEADS
     no_parameters = {"param_mode": "none", "effect_mode": "none"}
     module, _ = model.export_tvm(
@@ -98,7 +106,12 @@ def outputs(cache_class: type, scaling: dict[str, Any]) -> list[np.ndarray[Any, 
     )
     if model.kernels:
         module = module.with_attr("external_mods", model.kernels)
-    vm = relax.VirtualMachine(tvm.compile(module, "llvm"), tvm.cpu())
+    return relax.VirtualMachine(tvm.compile(module, "llvm"), tvm.cpu())
+
+
+def outputs(cache_class: type, scaling: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
+    vm = compiled(Model(cache_class, scaling))
+    width = QUERY_HEADS + 2 * KV_HEADS
     cache = vm["create"]()
     rng = np.random.default_rng(0)
     builtin = {
@@ -130,12 +143,64 @@ def test_a_model_gives_the_same_over_either_cache(scaling: str) -> None:
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+def test_a_compiled_model_sends_its_pages_and_shows_keys_as_they_came() -> None:
+    """Disaggregation and inline RoPE, from the compiled creation function on."""
+    model = Model(PagedKVCache, {}, enable_disaggregation=True, rope_mode=RopeMode.INLINE)
+    vm = compiled(model)
+    cache = KVCache(vm["create"]())
+    qkv = np.random.default_rng(0).standard_normal((1, 5, 8, DIM), np.float32)
+    cache.add_sequence(0)
+    sent: list[list[int]] = []
+    tvm_ffi.register_global_func(
+        "tvm_flashinfer.kv_transfer",
+        lambda _layer, _pool, here, there, receiver: sent.append(there.numpy().tolist()),
+        override=True,
+    )
+    try:
+        cache.mark_send(0, 0, tvm_ffi.Shape([1, 40, 6]))
+    finally:
+        tvm_ffi.registry.remove_global_func("tvm_flashinfer.kv_transfer")
+    with cache.step([0], [5]):
+        vm["forward"](to_tvm(qkv), cache.handle)
+    assert sent == [[40, 41, 42, 43, 44]]
+    k, v = (tvm.runtime.empty((1, 5, KV_HEADS, DIM), "float32") for _ in range(2))
+    cache.get_kv(0, 0, 5, k, v)
+    _, keys, values = np.split(qkv, [QUERY_HEADS, QUERY_HEADS + KV_HEADS], axis=2)
+    np.testing.assert_allclose(k.numpy(), keys, atol=1e-6)
+    assert (v.numpy() == values).all()
+
+
+def test_longrope_is_that_of_the_cache() -> None:
+    """TVM's own function doesn't compile: compared with the cache that test_rope.py proves."""
+    factors = {"short_factor": [1.0] * 16, "long_factor": [1.0 + i / 4 for i in range(16)]}
+    lengths = {"original_max_position_embeddings": 64, "max_position_embeddings": 256}
+    scaling = {"rope_type": "longrope", **factors, **lengths}
+    vm = compiled(Model(PagedKVCache, scaling))
+    expected = KVCache.create(
+        num_layers=1,
+        num_qo_heads=QUERY_HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        max_total_seq_len=128,
+        page_size=16,
+        rope=RopeConfig(scaling=scaling, context_length=256),
+    )
+    qkv = np.random.default_rng(0).standard_normal((1, 40, 8, DIM), np.float32)
+    out = tvm.runtime.empty((40, QUERY_HEADS, DIM), "float32")
+    cache = KVCache(vm["create"]())
+    for each in (cache, expected):
+        each.add_sequence(0)
+        each.begin_forward([0], [40])
+    expected.attention_fused_qkv(0, to_tvm(qkv[0]), out)
+    found = vm["forward"](to_tvm(qkv), cache.handle)
+    np.testing.assert_allclose(found.numpy().reshape(out.shape), out.numpy(), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
         ({"attn_kind": ["mla", "mha"]}, "this cache serves 'mha' and 'mha_sliding', or 'mla'"),
         ({"attn_kind": "mla"}, "rope_mode must be NONE with attn_kind 'mla'"),
-        ({"enable_disaggregation": True}, "enable_disaggregation"),
         ({"dtype": "int8"}, "q_dtype is 'int8'"),
     ],
 )

@@ -47,13 +47,14 @@ class Operations(RuleBasedStateMachine):
     first_sequences = 0
     pool_scale = 1
     operations = 0  # of all examples
+    seeds = st.integers(0, 1000)
 
     @initialize(
         page_size=st.sampled_from([1, 3, 5, 16]),
         tokens=st.integers(40, 200),
         dtype=st.sampled_from(["float32", "float16"]),
         sliding_window=st.booleans(),
-        seed=st.integers(0, 1000),
+        seed=seeds,
     )
     def create(
         self, page_size: int, tokens: int, dtype: str, sliding_window: bool, seed: int
@@ -173,6 +174,33 @@ class Operations(RuleBasedStateMachine):
         parents = None if trees is None else [parent for tree in trees for parent in tree]
         with pytest.raises(ValueError, match="free pages"):
             self.twin.cache.begin_forward(ids, lengths, parents)
+
+    @precondition(any_committed)
+    @rule(data=st.data())
+    def masked(self, data: st.DataObject) -> None:
+        """A step whose tokens see any of each other."""
+        ids = self.some_of(data, self.committed())
+        lengths = [data.draw(st.integers(0, 6), label="length") for _ in ids]
+        if self.twin.fits(ids, lengths):
+            masks = [self.twin.rng.random((n, n)) < 0.5 for n in lengths]
+            self.twin.forward(ids, lengths, masks=masks)
+
+    @precondition(any_committed)
+    @rule(data=st.data())
+    def checkpoint(self, data: st.DataObject) -> None:
+        """A sequence leaves, and comes in under its own id, another's, or a new one."""
+        source = self.one_of(data, self.committed())
+        others = self.committed() + ([self.new_id()] if room_for_one(self) else [])
+        target = self.one_of(data, others)
+        after = self.twin.pages.copy()
+        after.tokens[target] = []
+        after.append(target, self.twin.length(source))
+        if after.in_use() <= self.twin.dims.num_pages:
+            self.twin.import_from(self.twin, source, target)
+        else:
+            with pytest.raises(ValueError, match="pages of"):
+                metadata, tensors = self.twin.cache.export_sequence(source)
+                self.twin.cache.import_sequence(target, metadata, tensors)
 
     # -- failures
 

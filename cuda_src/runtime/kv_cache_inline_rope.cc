@@ -1,0 +1,163 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// RoPE that is inline by TVM's name. A cache stores rotated keys all the same, since attention
+// reads a key many times and stores it once; but who looks into it sees keys as if attention
+// rotated them when it reads them.
+#include <tvm_flashinfer/dtype.h>
+
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "kv_cache.h"
+#include "tensor_view.h"
+
+namespace tvm_flashinfer {
+namespace {
+
+/*! Call fn(a value of the type in C++). */
+template <typename Fn>
+void WithType(ElementType type, const Fn& fn) {
+  switch (type) {
+    case ElementType::kFloat16:
+      return fn(Float16{});
+    case ElementType::kBFloat16:
+      return fn(BFloat16{});
+    default:
+      return fn(float{});
+  }
+}
+
+void ToFloats(ElementType type, const void* from, int64_t count, float* to) {
+  WithType(type, [&](auto element) {
+    const auto* source = static_cast<const decltype(element)*>(from);
+    for (int64_t i = 0; i < count; ++i) to[i] = ToFloat(source[i]);
+  });
+}
+
+void FromFloats(ElementType type, const float* from, int64_t count, void* to) {
+  WithType(type, [&](auto element) {
+    auto* target = static_cast<decltype(element)*>(to);
+    for (int64_t i = 0; i < count; ++i) target[i] = FromFloat<decltype(element)>(from[i]);
+  });
+}
+
+}  // namespace
+
+void KVCacheObj::UseInlineRope() {
+  TVM_FLASHINFER_CHECK(rotates(), ValueError)
+      << "inline RoPE in a cache that doesn't rotate: it was created without RoPE";
+  TVM_FLASHINFER_CHECK(dtype_ == ToDLDataType(kernel_->q_type), NotImplementedError)
+      << "inline RoPE in a cache whose keys are stored in another dtype than queries have";
+  TVM_FLASHINFER_CHECK(!split_rotary_.has_value() || !split_rotary_->extension_factors.has_value(),
+                       ValueError)
+      << "rope_mode is inline, and rope_ext_factors make the rotation depend on the step that "
+         "stores "
+      << "a key: debug_get_kv could not give its keys back; normal works";
+  inline_rope_ = true;
+  // Whether it can be undone is known of our own rotation; the model's is tried.
+  if (!split_rotary_.has_value()) return;
+  const int64_t heads = config_.num_kv_heads, dim = config_.head_dim_qk,
+                layers = config_.num_layers();
+  Sequence far;
+  far.dropped = 1000;  // of a token at the start
+  std::vector<float> ramp(layers * heads * dim);
+  for (size_t i = 0; i < ramp.size(); ++i) ramp[i] = 0.5f + static_cast<float>(i % 7) / 8;
+  std::vector<char> bytes(ramp.size() * element_bytes_);
+  FromFloats(kernel_->q_type, ramp.data(), ramp.size(), bytes.data());
+  Tensor keys = Tensor::Empty({layers, 1, heads, dim}, dtype_, device_);
+  keys.CopyFromBytes(bytes.data(), bytes.size());
+  Tensor turned = Tensor::Empty(keys.Shape(), dtype_, device_);
+  TurnKeys(far, 0, keys, turned, Turn::kForth);
+  TurnKeys(far, 0, turned, keys, Turn::kBack);
+  keys.CopyToBytes(bytes.data(), bytes.size());
+  std::vector<float> back(ramp.size());
+  ToFloats(kernel_->q_type, bytes.data(), back.size(), back.data());
+  for (size_t i = 0; i < ramp.size(); ++i) {
+    TVM_FLASHINFER_CHECK(std::abs(back[i] - ramp[i]) < 0.05f, ValueError)
+        << "rope_mode is inline, and the model's rotation is not undone by the opposite position: "
+        << "debug_get_kv could not give its keys back; normal works";
+  }
+}
+
+void KVCacheObj::TurnKeys(const Sequence& sequence, int64_t start, const Tensor& from, Tensor to,
+                          Turn turn) {
+  const int64_t heads = config_.num_kv_heads, dim = config_.head_dim_qk;
+  const int64_t tokens = from.Shape().Product() / (config_.num_layers() * heads * dim);
+  if (tokens == 0) return;
+  std::vector<int32_t> positions(tokens);
+  const int32_t prefix = sequence.length - sequence.tree.size();
+  for (int64_t i = 0; i < tokens; ++i) {
+    const auto token = static_cast<int32_t>(start + i);
+    const bool drafted = token >= prefix && !sequence.tree.empty();
+    const int32_t origin =
+        sequence.Origin(drafted ? prefix + sequence.tree.depths[token - prefix] : token);
+    positions[i] = turn == Turn::kForth ? origin : -origin;
+  }
+  const DLDevice cpu{kDLCPU, 0};
+  Tensor keys = Tensor::Empty(from.Shape(), dtype_, cpu);
+  keys.CopyFrom(from);
+  char* data = static_cast<char*>(DataOf(*keys.operator->()));
+  const int64_t layer_bytes = tokens * heads * dim * element_bytes_;
+  if (rope_config_.has_value()) {
+    RopeConfig config = *rope_config_;
+    if (turn == Turn::kBack) config.magnitude = 1.0f / config.magnitude;
+    Rope rope(std::move(config), static_cast<int32_t>(tokens));
+    rope.Prepare(positions.data(), static_cast<int32_t>(tokens));
+    std::vector<char> source(layer_bytes);
+    for (int32_t layer = 0; layer < config_.num_layers(); ++layer, data += layer_bytes) {
+      std::memcpy(source.data(), data, layer_bytes);
+      rope.Rotate(kernel_->q_type, {source.data(), heads * dim, dim}, {data, heads * dim, dim},
+                  config_.num_kv_heads, config_.head_dim_qk);
+    }
+    to.CopyFrom(keys);
+    return;
+  }
+  // The model's own function rotates queries and keys of a fused tensor, and multiplies them by a
+  // magnitude: the one that it gives ones at position 0.
+  const int64_t all = config_.num_qo_heads + 2 * heads;
+  const auto run = [&](const std::vector<int32_t>& at, const char* rows) {
+    const auto count = static_cast<int64_t>(at.size());
+    Tensor qkv = Tensor::Empty({count, all, dim}, dtype_, cpu);
+    char* fused = static_cast<char*>(DataOf(*qkv.operator->()));
+    std::memset(fused, 0, count * all * dim * element_bytes_);
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(fused + (i * all + config_.num_qo_heads) * dim * element_bytes_,
+                  rows + i * heads * dim * element_bytes_, heads * dim * element_bytes_);
+    }
+    Tensor there = Tensor::Empty(qkv.Shape(), dtype_, device_);
+    there.CopyFrom(qkv);
+    Tensor where = Tensor::Empty({count}, {kDLInt, 32, 1}, device_);
+    where.CopyFromBytes(at.data(), at.size() * sizeof(int32_t));
+    const auto empty = [&](int64_t n) { return Tensor::Empty({count, n, dim}, dtype_, device_); };
+    Tensor q = empty(config_.num_qo_heads), k = empty(heads), v = empty(heads);
+    Rotate(there, where, q, k, v);
+    Tensor result = Tensor::Empty(k.Shape(), dtype_, cpu);
+    result.CopyFrom(k);
+    return result;
+  };
+  const auto type = kernel_->q_type;
+  std::vector<float> magnitude(heads * dim, 1.0f);
+  if (turn == Turn::kBack) {
+    std::vector<char> ones(heads * dim * element_bytes_);
+    FromFloats(type, magnitude.data(), heads * dim, ones.data());
+    Tensor scaled = run({0}, ones.data());
+    ToFloats(type, DataOf(*scaled.operator->()), heads * dim, magnitude.data());
+  }
+  std::vector<float> row(heads * dim);
+  for (int32_t layer = 0; layer < config_.num_layers(); ++layer, data += layer_bytes) {
+    Tensor turned = run(positions, data);
+    char* source = static_cast<char*>(DataOf(*turned.operator->()));
+    for (int64_t i = 0; i < tokens; ++i) {
+      const int64_t at = i * heads * dim * element_bytes_;
+      ToFloats(type, source + at, heads * dim, row.data());
+      for (int64_t d = 0; d < heads * dim; ++d) row[d] /= magnitude[d] * magnitude[d];
+      FromFloats(type, row.data(), heads * dim, data + at);
+    }
+  }
+  to.CopyFrom(keys);
+}
+
+}  // namespace tvm_flashinfer
