@@ -44,6 +44,7 @@ class AttentionSite:
     views: tuple[StridedView, StridedView, StridedView] | None = None
     product: Any = None
     out_index: tuple[Any, ...] = ()
+    out_element: Any = None
     names: tuple[str, ...] = ()
 
     @property

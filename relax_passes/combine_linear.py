@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +100,7 @@ def _groups(graph: Graph, params: set[Any]) -> list[list[_Linear]]:
     return list(found.values())
 
 
-def _match(graph: Graph, var: Any, params: set[Any], live: set[Any]) -> _Linear | None:
+def _match(graph: Graph, var: Any, params: set[Any], live: Set[Any]) -> _Linear | None:
     call = graph.value[var]
     if op_name(call) != "matmul" or dtype_of(call) != dtype_of(call.args[0]):
         return None
@@ -128,7 +129,7 @@ def _match(graph: Graph, var: Any, params: set[Any], live: set[Any]) -> _Linear 
     return _Linear(var, var, x, weight, None, width)
 
 
-def _once(graph: Graph, var: Any, live: set[Any]) -> bool:
+def _once(graph: Graph, var: Any, live: Set[Any]) -> bool:
     return len([u for u in graph.users[var] if u in live]) == 1 and var not in graph.outputs
 
 

@@ -39,18 +39,32 @@ _LOWEST = {"float16": -65504.0}
 _INT_LIMIT = 1 << 30
 
 
+@dataclass(frozen=True)
+class Argument:
+    """A parameter of a variant: an integer expression, or a tensor expression of ``ndim`` axes
+    that is cast to ``dtype``.
+
+    ``half`` is "low" or "high" where it is 32 bits of an int64 tensor that are meant.
+    """
+
+    value: Any
+    dtype: str
+    ndim: int
+    half: str = ""
+
+
 @dataclass
 class Derived:
     """What a site's kernel is compiled for and run with.
 
-    ``values`` are the variant's parameters in order: a tensor expression with the dtype it is cast
-    to, or an integer expression.  ``q_begin`` is the position of the first query.
+    ``values`` are the variant's parameters in order; ``q_begin`` is the position of the first
+    query.
     """
 
     variant: str | Variant
     sm_scale: float
     q_begin: Any
-    values: list[tuple[Any, str]] = field(default_factory=list)
+    values: list[Argument] = field(default_factory=list)
     finite: bool = False
 
 
@@ -144,7 +158,7 @@ def _derive(view: ElementView, site: AttentionSite, *, finite: bool) -> Derived:
     except VariantError as err:
         raise NotProvenError(str(err)) from err
     scale = site.scale if logits.plain else logits.scale
-    return Derived(variant, scale, mask.offset, dry.values(), finite)
+    return Derived(variant, scale, mask.offset, list(dry.arguments), finite)
 
 
 def _identifier(site: AttentionSite, finite: bool) -> str:
@@ -180,25 +194,22 @@ class _Translator:
         )
         self.x = x if x is not None else tirx.Var("x", "float32")
         self.p = p
-        self._names: list[tuple[Any, str, int]] = dry._names if dry else []
+        self.arguments: list[Argument] = dry.arguments if dry else []
 
     # -- parameters ------------------------------------------------------------------------
 
     def params(self) -> dict[str, Any]:
         return {
-            f"p{n}": Tensor(dtype, ndim) if ndim else Scalar("int32")
-            for n, (_, dtype, ndim) in enumerate(self._names)
+            f"p{n}": Tensor(arg.dtype, arg.ndim) if arg.ndim else Scalar("int32")
+            for n, arg in enumerate(self.arguments)
         }
 
-    def values(self) -> list[tuple[Any, str]]:
-        return [(value, dtype if ndim else "") for value, dtype, ndim in self._names]
-
-    def _param(self, value: Any, dtype: str, ndim: int) -> int:
-        for n, (known, _, _) in enumerate(self._names):
-            if known.same_as(value):
+    def _param(self, argument: Argument) -> int:
+        for n, known in enumerate(self.arguments):
+            if known.value.same_as(argument.value) and known.half == argument.half:
                 return n
-        self._names.append((value, dtype, ndim))
-        return len(self._names) - 1
+        self.arguments.append(argument)
+        return len(self.arguments) - 1
 
     # -- elements --------------------------------------------------------------------------
 
@@ -223,7 +234,12 @@ class _Translator:
             return self.index(prim)
         op, dtype = element.op, element.dtype
         if self._is_small(element):
-            return self._load(element.origin)  # type: ignore[arg-type]
+            return self._load(element.origin)
+        if op in ("equal", "not_equal") and all(map(self._is_wide, element.args)):
+            # Kernels have 32 bits: equal are two int64 of which both halves are.
+            halves = [[self._load(x, half) for x in element.args] for half in ("low", "high")]
+            same = tirx.all(*(tirx.EQ(x, y) for x, y in halves))
+            return same if op == "equal" else tirx.Not(same)
         args = [self.expr(a) for a in element.args]
         if op == "astype":
             if is_float(dtype_of_expr(args[0])) and not is_float(dtype) and dtype != "bool":
@@ -247,8 +263,6 @@ class _Translator:
         if binary is None:
             raise NotProvenError(f"the operator {op!r} inside f, which kernels do not have")
         a, b = _promoted(*args)
-        if op in ("equal", "not_equal") and not is_float(dtype_of_expr(a)):
-            self._check_wide(element)
         if op in ("floor_divide", "floor_mod") and is_float(dtype_of_expr(a)):
             raise NotProvenError(f"{op!r} of floating-point numbers inside f")
         if op == "divide" and not is_float(dtype_of_expr(a)):
@@ -269,14 +283,11 @@ class _Translator:
         small = not all(by) and (bool(found) or not any(by))
         return small and not any(load is score for load in found)
 
-    def _check_wide(self, element: Apply) -> None:
-        """Kernels have 32 bits: two 64-bit values might be equal only there."""
-        for arg in element.args:
-            if not isinstance(arg, Load) or dtype_of(arg.tensor) != "int64":
-                continue
-            made = self.view.graph.resolve(arg.tensor)
-            if op_name(made) != "cumsum" and all(isinstance(a, Load) for a in element.args):
-                raise NotProvenError("int64 values of a tensor compared with each other")
+    def _is_wide(self, element: Element) -> bool:
+        """Whether an int64 may need more than 32 bits; counts up to a position don't."""
+        if not isinstance(element, Load) or dtype_of(element.tensor) != "int64":
+            return False
+        return op_name(self.view.graph.resolve(element.tensor)) != "cumsum"
 
     def index(self, formula: Any) -> Any:
         """An integer formula over the site's index variables, in int32."""
@@ -300,7 +311,7 @@ class _Translator:
                 if static_int(offset) == 0:
                     return self.at.q_idx
                 return self.at.q_idx - self.index(offset)
-            n = self._param(node, "int32", 0)
+            n = self._param(Argument(node, "", 0))
             return getattr(self.p, f"p{n}") if self.p is not None else tirx.Var(f"p{n}", "int32")
 
         if isinstance(formula, int):
@@ -310,7 +321,7 @@ class _Translator:
             raise NotProvenError("index arithmetic that kernels can't evaluate")
         return found
 
-    def _load(self, load: Load) -> Any:
+    def _load(self, load: Any, half: str = "") -> Any:
         score = self.site.logits.score if self.site.logits else None
         if load is score:
             return self.x
@@ -325,10 +336,11 @@ class _Translator:
         index = [self.index(i) for _, i in kept] or [tirx.const(0, "int32")]
         own = dtype_of(tensor)
         dtype = _kind(own)
-        n = self._param(tensor, own if own in TENSOR_DTYPES else dtype, len(index))
+        dtype = own if own in TENSOR_DTYPES else dtype
+        n = self._param(Argument(tensor, dtype, len(index), half))
         if self.p is not None:
             return getattr(self.p, f"p{n}")[tuple(index)]
-        return tirx.Var("load", dtype)
+        return tirx.Var("load", _kind(own))
 
 
 def dtype_of_expr(expr: Any) -> str:

@@ -44,6 +44,10 @@ def frames(
     tensor before it has them apart.
     """
     lead, seq, keys = shape[:-2], shape[-2], shape[-1]
+    if not lead:
+        one = tirx.IntImm("int64", 1)
+        yield Frame(SiteAxes(view, one, one, seq, keys), one, (), None, None)
+        return
     axes = [n for n in range(len(lead)) if not is_one(lead[n])]
     if len(axes) > 2 or (len(axes) == 2 and len(lead) > 2 and axes[0] > 0):
         yield _grouped(view, lead, axes, seq, keys)

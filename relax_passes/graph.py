@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import tvm
@@ -88,14 +88,23 @@ class Graph:
         self.bindings: list[relax.VarBinding] = []
         self.value: dict[Any, Any] = {}
         self.users: dict[Any, list[Any]] = defaultdict(list)
+        self._reads: dict[Any, list[Any]] = {}
+        self._live: frozenset[Any] | None = None
         for block in func.body.blocks:
             for binding in block.bindings:
                 self.bindings.append(binding)
                 value = binding.value
                 self.value[binding.var] = value
-                for var in _reads(value):
+                self._reads[binding.var] = list(_reads(value))
+                for var in self._reads[binding.var]:
                     self.users[var].append(binding.var)
         self.outputs = set(_reads(func.body.body))
+        for var in list(self.outputs):
+            # A tuple is returned with what it holds.
+            while isinstance(self.value.get(var), relax.Var | relax.Tuple):
+                held = list(_reads(self.value[var]))
+                self.outputs.update(held)
+                var = held[0] if isinstance(self.value[var], relax.Var) else None
 
     def resolve(self, expr: Any) -> Any:
         """What a variable is bound to, looking through plain aliases; other expressions
@@ -114,7 +123,7 @@ class Graph:
             return bound
         return expr
 
-    def reached(self, var: Any, live: set[Any], stop: Any) -> set[Any]:
+    def reached(self, var: Any, live: Set[Any], stop: Any) -> set[Any]:
         """``var`` and the live variables computed from it, but not through ``stop``."""
         seen: set[Any] = set()
         queue = [var]
@@ -126,18 +135,18 @@ class Graph:
             queue.extend(user for user in self.users[current] if user in live)
         return seen
 
-    def live(self) -> set[Any]:
+    def live(self) -> frozenset[Any]:
         """The variables that the function's result depends on."""
-        seen: set[Any] = set()
-        stack = list(self.outputs)
-        while stack:
-            var = stack.pop()
-            if var in seen:
-                continue
-            seen.add(var)
-            if var in self.value:
-                stack.extend(_reads(self.value[var]))
-        return seen
+        if self._live is None:
+            seen: set[Any] = set()
+            stack = list(self.outputs)
+            while stack:
+                var = stack.pop()
+                if var not in seen:
+                    seen.add(var)
+                    stack.extend(self._reads.get(var, ()))
+            self._live = frozenset(seen)
+        return self._live
 
 
 def _reads(expr: Any) -> Iterator[Any]:

@@ -13,14 +13,14 @@ from tvm.relax.pipeline import PIPELINE_MAP, register_pipeline
 from tvm_ffi import structural_equal
 
 from relax_passes.attention_site import AttentionSite
-from relax_passes.derive import Derived, derive
+from relax_passes.derive import Argument, Derived, derive
 from relax_passes.elements import ElementView
 from relax_passes.graph import Graph, dtype_of, op_name, shape_of, static_int
 from relax_passes.logits import NotProvenError
 from relax_passes.recognize import find_sites
 from relax_passes.report import Report
 from relax_passes.targets import kernel_cpu
-from relax_passes.views import StridedView
+from relax_passes.views import StridedView, widens
 from tvm_flashinfer.jit import AttentionSpec, KernelArtifact, build_attention
 
 RUNTIME_FUNCTION = "tvm_flashinfer.graph_attention"
@@ -109,10 +109,10 @@ class InjectAttention:
         return mod
 
     def _function(self, func: relax.Function, kernels: dict[str, KernelArtifact]) -> relax.Function:
-        sites = find_sites(func)
+        graph = Graph(func)
+        sites = find_sites(func, graph)
         if not sites:
             return func
-        graph = Graph(func)
         view = ElementView(graph)
         written: dict[Any, _Call] = {}
         for site in sites:
@@ -143,12 +143,12 @@ class InjectAttention:
         q, k, v = site.operands
         if k.dtype != v.dtype:
             raise NotProvenError(f"keys are {k.dtype} and values {v.dtype}")
-        if q.dtype != out.dtype:
+        if q.dtype != out.dtype and not widens(q.dtype, out.dtype):
             raise NotProvenError(f"queries are {q.dtype} and the result is {out.dtype}")
         if k.heads != v.heads:
             raise NotProvenError(f"{k.heads} key heads and {v.heads} value heads")
         try:
-            spec = AttentionSpec(q.dtype, k.dtype, q.dim, v.dim, derived.variant)
+            spec = AttentionSpec(out.dtype, k.dtype, q.dim, v.dim, derived.variant)
         except ValueError as err:
             raise NotProvenError(str(err)) from err
         if self.build is not None:
@@ -260,7 +260,7 @@ def _places(view: ElementView, site: AttentionSite, index: Sequence[Any]) -> dic
     for n, (place, i) in enumerate(zip(site.out_index, index, strict=True)):
         if static_int(place) == 0:
             continue
-        if n == len(index) - 1:
+        if site.out_element is not None and view.same(place, site.out_element):
             found["D"] = i
         elif view.same(place, at.s):
             found["S"] = i
@@ -319,14 +319,18 @@ class _Call:
             strides["H"],
             strides["S"],
         ]
-        values = [_argument(builder, value, dtype) for value, dtype in derived.values]
+        # TVM's importer makes float32 of a float16 product: the kernel's queries are of its dtype.
+        query = q.tensor
+        if q.dtype != self.out.dtype:
+            query = builder.emit(relax.op.astype(query, self.out.dtype))
+        values = [_argument(builder, argument) for argument in derived.values]
         call = relax.call_dps_packed(
             RUNTIME_FUNCTION,
             [
                 relax.ExternFunc(self.symbol),
                 relax.ShapeExpr(spec),
                 relax.prim_value(tirx.FloatImm("float64", float(derived.sm_scale))),
-                q.tensor,
+                query,
                 k.tensor,
                 v.tensor,
                 *values,
@@ -343,11 +347,14 @@ def _spec(view: StridedView) -> list[Any]:
     return [view.offset, view.batch, view.head, view.token]
 
 
-def _argument(builder: relax.BlockBuilder, value: Any, dtype: str) -> Any:
+def _argument(builder: relax.BlockBuilder, argument: Argument) -> Any:
     """A parameter of the variant: a scalar, or a tensor without axes of one element."""
-    if not dtype:
+    value, dtype = argument.value, argument.dtype
+    if not argument.ndim:
         return relax.prim_value(value)
-    if dtype_of(value) == "int64":
+    if argument.half:
+        value = builder.emit(_half(builder, value, argument.half))
+    elif dtype_of(value) == "int64":
         # Positions and lengths fit 32 bits; other numbers must not wrap into their range.
         limit = (1 << 31) - 1
         value = builder.emit(relax.op.clip(value, -limit, limit))
@@ -358,6 +365,14 @@ def _argument(builder: relax.BlockBuilder, value: Any, dtype: str) -> Any:
     if len(kept) != len(shape):
         value = builder.emit(relax.op.reshape(value, kept))
     return value
+
+
+def _half(builder: relax.BlockBuilder, value: Any, half: str) -> Any:
+    """32 bits of an int64 tensor, as an int64 that fits an int32."""
+    if half == "high":
+        return relax.op.right_shift(value, relax.const(32, "int64"))
+    up = builder.emit(relax.op.left_shift(value, relax.const(32, "int64")))
+    return relax.op.right_shift(up, relax.const(32, "int64"))
 
 
 def _rewrite(func: relax.Function, written: dict[Any, _Call]) -> relax.Function:

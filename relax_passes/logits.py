@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,16 @@ import numpy as np
 from relax_passes.elements import Apply, Const, Element, Load
 from relax_passes.graph import is_float
 
+#: Numbers beyond it are meant as infinity: they hide a key.
+_NEAR_INFINITY = 1e30
+
 
 class NotProvenError(Exception):
     """What is not proven about an attention-shaped site."""
+
+
+class NoScoreError(NotProvenError):
+    """The formula reads no element of the product of queries and keys."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +57,27 @@ class Logits:
         """Whether scores are only scaled and masked."""
         return self.transform is None or self.transform is self.score
 
-    def read(self, element: Element, scores: Sequence[Any]) -> Load:
-        """Take ``element`` apart; returns the element of one of ``scores`` below it.
+    def read(self, element: Element, scores: Any, same: Callable[[Any, Any], bool]) -> Load:
+        """Take ``element`` apart; returns the element of ``scores`` below it.
+
+        ``same`` says whether two index expressions are proven equal.
 
         Raises
         ------
+        NoScoreError
+            There is none.
         NotProvenError
-            The scores meet each other, or a mask lies below something that could undo it.
+            The scores meet others, or a mask lies below something that could undo it.
         """
-        rest = self._peel(element, scores, "")
-        if self.score is None:
-            raise NotProvenError("no score matmul below the softmax")
+        found: list[Load] = []
+        loads(element, lambda load: found.append(load) if load.tensor.same_as(scores) else None)
+        if not found:
+            raise NoScoreError("no product below the softmax")
+        self.score = found[0]
+        for load in found[1:]:
+            if not all(map(same, load.index, self.score.index)):
+                raise NotProvenError("f mixes keys: it reads several scores")
+        rest = self._peel(_with_score(element, self.score), "")
         self.scale, self.transform = _strip_scale(rest, self.score)
         return self.score
 
@@ -83,7 +100,9 @@ class Logits:
             if outer.op != "add":
                 break
             a, b = outer.args
-            found.append(b if _reaches(a, [self.score.tensor] if self.score else []) else a)
+            if _reads(a, self.score) and _reads(b, self.score):
+                break
+            found.append(b if _reads(a, self.score) else a)
         return found
 
     @property
@@ -98,36 +117,34 @@ class Logits:
 
     # -- reading ---------------------------------------------------------------------------
 
-    def _peel(self, element: Element, scores: Sequence[Any], above: str) -> Element:
+    def _peel(self, element: Element, above: str) -> Element:
         """``element`` less its masks; ``above`` names an operator that -inf would not survive."""
-        if isinstance(element, Load):
-            if not _reaches(element, scores):
-                raise NotProvenError("no score matmul below the softmax")
-            self.score = element
-            return element
         if not isinstance(element, Apply):
-            raise NotProvenError("no score matmul below the softmax")
-        below = [a for a in element.args if _reaches(a, scores)]
+            return element
+        below = [a for a in element.args if _reads(a, self.score)]
         if len(below) != 1:
-            raise NotProvenError(f"{element.op!r} combines the scores with themselves")
+            # A function that names its argument more than once, x * sigmoid(x) for example.
+            if any(map(_has_infinity, element.args)):
+                raise NotProvenError("a mask that depends on the scores")
+            return element
         inner, op = below[0], element.op
         if op == "astype" and is_float(element.dtype):
-            return self._peel(inner, scores, above)
+            return self._peel(inner, above)
         if op == "add":
             other = element.args[1] if inner is element.args[0] else element.args[0]
             rest = self.addend(other, element.dtype, above)
-            x = self._peel(inner, scores, above)
+            x = self._peel(inner, above)
             return x if rest is None else Apply("add", (x, rest), element.dtype)
         if op == "where":
             taken = self._select(element, inner, above)
             if taken:
-                return self._peel(inner, scores, above)
+                return self._peel(inner, above)
         factor = _factor(element, inner)
         if factor is None:
             above = above or f"a {op}"
         elif factor <= 0.0:
             above = above or f"a factor of {factor:g}, which is not positive"
-        kept = tuple(self._peel(a, scores, above) if a is inner else a for a in element.args)
+        kept = tuple(self._peel(a, above) if a is inner else a for a in element.args)
         return Apply(op, kept, element.dtype)
 
     def _select(self, element: Apply, inner: Element, above: str) -> bool:
@@ -231,11 +248,10 @@ def _factor(element: Apply, inner: Element) -> float | None:
 
 def _strip_scale(element: Element, score: Load) -> tuple[float, Element]:
     """Take the numeric factors right above the score out of the formula."""
-    if not isinstance(element, Apply):
+    below = [a for a in element.args if _reads(a, score)] if isinstance(element, Apply) else []
+    if not isinstance(element, Apply) or len(below) != 1:
         return 1.0, element
-    inner = next((a for a in element.args if _reaches(a, [score.tensor])), None)
-    if inner is None:
-        return 1.0, element
+    (inner,) = below
     scale, rest = _strip_scale(inner, score)
     factor = _factor(element, inner)
     if rest is score and factor is not None:
@@ -250,14 +266,31 @@ def _chain(element: Element | None, score: Load | None) -> list[Apply]:
     found: list[Apply] = []
     while isinstance(element, Apply) and score is not None:
         found.append(element)
-        element = next((a for a in element.args if _reaches(a, [score.tensor])), None)
+        element = next((a for a in element.args if _reads(a, score)), None)
     return found
 
 
-def _reaches(element: Element, scores: Sequence[Any]) -> bool:
+def _reads(element: Element, score: Load | None) -> bool:
     if isinstance(element, Load):
-        return any(element.tensor.same_as(s) for s in scores)
-    return isinstance(element, Apply) and any(_reaches(a, scores) for a in element.args)
+        return element is score
+    return isinstance(element, Apply) and any(_reads(arg, score) for arg in element.args)
+
+
+def _with_score(element: Element, score: Load) -> Element:
+    """``element`` with ``score`` itself in place of every load of its tensor."""
+    if isinstance(element, Load) and element.tensor.same_as(score.tensor):
+        return score
+    if isinstance(element, Apply):
+        args = tuple(_with_score(arg, score) for arg in element.args)
+        if any(a is not b for a, b in zip(args, element.args, strict=True)):
+            return replace(element, args=args)
+    return element
+
+
+def _has_infinity(element: Element) -> bool:
+    if isinstance(element, Const):
+        return isinstance(element.value, float) and not abs(element.value) < _NEAR_INFINITY
+    return isinstance(element, Apply) and any(map(_has_infinity, element.args))
 
 
 def loads(element: Element, visit: Callable[[Load], None]) -> None:

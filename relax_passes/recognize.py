@@ -15,13 +15,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import relax, tirx
 
+from relax_passes.anchors import (
+    ATTENTION_OPS,
+    SOFTMAX_OPS,
+    Anchor,
+    find_anchor,
+    mixing_operator,
+    nested_graphs,
+)
 from relax_passes.attention_site import AttentionSite
-from relax_passes.elements import ELEMENTWISE, Apply, Const, Element, ElementView, Index, Load
+from relax_passes.elements import Apply, Const, Element, ElementView, Index, Load
 from relax_passes.frames import Frame, frames
 from relax_passes.graph import (
     Graph,
@@ -34,43 +43,39 @@ from relax_passes.graph import (
     shape_of,
     static_int,
 )
-from relax_passes.logits import Hidden, Logits, NotProvenError, loads
+from relax_passes.logits import Hidden, Logits, NoScoreError, NotProvenError, loads
 from relax_passes.mask import derive_mask
 from relax_passes.naming import name_transform
 from relax_passes.operands import Operand, SiteAxes, find_operand
 from relax_passes.prim import mentions
 from relax_passes.views import find_view
 
-_ATTENTION_OPS = ("nn.attention", "nn.attention_bias")
-_LAYOUT_OPS = frozenset(
-    [
-        "permute_dims",
-        "reshape",
-        "expand_dims",
-        "squeeze",
-        "broadcast_to",
-        "flatten",
-        "astype",
-        "repeat",
-    ]
-)
+
+def find_sites(func: relax.Function, graph: Graph | None = None) -> list[AttentionSite]:
+    """Every attention-shaped site of ``func`` that its result depends on, in program order.
+
+    Sites inside conditionals and nested functions come last, and are refused.  ``graph`` is
+    ``Graph(func)``, if there is one already.
+    """
+    sites = _sites_of(graph or Graph(func))
+    for where, inner in nested_graphs(func):
+        sites += [site.refuse(f"it is inside {where}") for site in _sites_of(inner)]
+    return sites
 
 
-def find_sites(func: relax.Function) -> list[AttentionSite]:
-    """Every attention-shaped site of ``func`` that its result depends on, in program order."""
-    graph = Graph(func)
+def _sites_of(graph: Graph) -> list[AttentionSite]:
     live = graph.live()
     sites = []
     for binding in graph.bindings:
         if binding.var not in live or not isinstance(binding.value, relax.Call):
             continue
         name = op_name(binding.value)
-        if name in _ATTENTION_OPS:
+        if name in ATTENTION_OPS:
             sites.append(_attention_op(graph, binding))
-        elif name == "nn.softmax":
-            site = _softmax_site(graph, binding, live)
-            if site is not None:
-                sites.append(site)
+        elif name in SOFTMAX_OPS:
+            anchor = find_anchor(graph, binding)
+            if anchor is not None:
+                sites.append(_softmax_site(graph, anchor))
     return sites
 
 
@@ -132,156 +137,150 @@ def _prove_attention_op(view: ElementView, site: AttentionSite, call: relax.Call
     site.query_length, site.key_length, site.batch = seq, keys, batch
     site.out = Operand(site.anchor, 0, 2, 1, 3, int(heads), int(dim_v))
     site.product, site.out_index = site.anchor, (at.b, at.s, at.h, e)
+    site.out_element = e
     _set_logits(view, site, logits)
 
 
-def _softmax_site(graph: Graph, binding: relax.VarBinding, live: set[Any]) -> AttentionSite | None:
-    """A softmax whose result reaches a matmul and whose input comes from one; None for another."""
-    chain, product = _forward(graph, binding.var, live)
-    scores = _score_matmuls(graph, binding.value.args[0])
-    if product is None or not scores:
-        # One matmul alone (a router, a classifier head) is no attention.
-        return None
-    site = AttentionSite(name=binding.var.name, form="B", anchor=binding.var)
+def _softmax_site(graph: Graph, anchor: Anchor) -> AttentionSite:
+    """A softmax between two products."""
+    site = AttentionSite(name=anchor.binding.var.name, form="B", anchor=anchor.binding.var)
     view = ElementView(graph)
     try:
-        _prove_softmax_site(view, site, binding, chain, product, live)
+        _prove_softmax_site(view, site, anchor)
     except NotProvenError as why:
         site.refuse(str(why))
     return site
-
-
-def _forward(graph: Graph, var: Any, live: set[Any]) -> tuple[set[Any], Any]:
-    """The variables from a softmax to the first matmul it feeds from the left, and that matmul."""
-    chain, queue, product = {var}, [var], None
-    while queue:
-        current = queue.pop(0)
-        for user in graph.users[current]:
-            if user not in live or user in chain:
-                continue
-            value = graph.value[user]
-            name = op_name(value)
-            if name == "matmul" and graph.resolve(value.args[0]) is graph.resolve(current):
-                product = product or user
-            elif name in _LAYOUT_OPS or name in ("where", "full_like"):
-                chain.add(user)
-                queue.append(user)
-    return chain, product
-
-
-def _score_matmuls(graph: Graph, expr: Any, limit: int = 400) -> list[Any]:
-    """The matmul variables an expression reaches through element-wise and layout operators."""
-    found: list[Any] = []
-    seen: set[Any] = set()
-    queue = [expr]
-    while queue and len(seen) < limit:
-        var = queue.pop()
-        if not isinstance(var, relax.Var) or var in seen:
-            continue
-        seen.add(var)
-        value: Any = graph.value.get(var)
-        name = op_name(value)
-        if name == "matmul":
-            found.append(var)
-        elif name in ELEMENTWISE or name in _LAYOUT_OPS:
-            queue.extend(value.args)
-    return found
 
 
 # ---------------------------------------------------------------------------------------------
 # softmax(f(q kT)) v
 
 
-def _prove_softmax_site(
-    view: ElementView,
-    site: AttentionSite,
-    binding: relax.VarBinding,
-    chain: set[Any],
-    product: Any,
-    live: set[Any],
-) -> None:
-    graph = view.graph
-    weights, values = graph.value[product].args
+@dataclass(frozen=True)
+class _Product:
+    """The product with the values: [.., queries, keys] times [.., keys, elements], or ``flipped``,
+    [.., elements, keys] times [.., keys, queries].
+    """
+
+    var: Any
+    weights: Any
+    values: Any
+    flipped: bool
+
+    @property
+    def shape(self) -> list[Any]:
+        """[.., queries, keys]"""
+        return self.order(shape_of(self.weights) or [])
+
+    def order(self, axes: Sequence[Any]) -> list[Any]:
+        """``axes`` of (.., rows, columns), the last two swapped if ``flipped``."""
+        *lead, a, b = axes
+        return [*lead, b, a] if self.flipped else [*lead, a, b]
+
+
+def _product_of(graph: Graph, anchor: Anchor) -> _Product:
+    left, right = graph.value[anchor.product].args
+    flipped = left not in anchor.chain
+    weights, values = (right, left) if flipped else (left, right)
+    product = _Product(anchor.product, weights, values, flipped)
     shape, value_shape = shape_of(weights), shape_of(values)
-    if shape is None or value_shape is None or len(shape) < 3 or len(shape) != len(value_shape):
-        raise NotProvenError("the matmul with the values has no batched shape")
-    site.query_length, site.key_length = shape[-2], shape[-1]
-    source = binding.value.args[0]
-    scores = _score_matmuls(graph, source)
+    if shape is None or value_shape is None or len(shape) < 2 or len(shape) != len(value_shape):
+        raise NotProvenError("the product with the values has no shape of whole matrices")
+    return product
+
+
+def _prove_softmax_site(view: ElementView, site: AttentionSite, anchor: Anchor) -> None:
+    graph = view.graph
+    product = _product_of(graph, anchor)
+    site.query_length, site.key_length = product.shape[-2:]
+    source = anchor.binding.value.args[0]
     first: NotProvenError | None = None
     tried: list[tuple[int, AttentionSite]] = []
-    left = graph.value[scores[0]].args[0]
-    for frame in frames(view, shape, shape_of(binding.var) or [], left):
-        attempt = replace(site, frame=frame)
+    for score in anchor.scores:
+        # A second product added to the scores is a bias.
+        left = graph.value[score].args[0]
         try:
-            depth = _prove_in_frame(view, attempt, binding, product, source, scores)
-            tried.append((depth, attempt))
+            for frame in frames(view, product.shape, shape_of(anchor.binding.var) or [], left):
+                attempt = replace(site, frame=frame)
+                try:
+                    depth = _prove_in_frame(view, attempt, anchor, product, source, score)
+                    _check_uses(graph, attempt, anchor)
+                    tried.append((depth, attempt))
+                except NotProvenError as why:
+                    first = first or why
         except NotProvenError as why:
             first = first or why
+        if tried:
+            break
     if not tried:
         raise first or NotProvenError("the axes of the attention weights are not understood")
     best = max(tried, key=lambda pair: pair[0])[1]
     vars(site).update(vars(best))
-    assert site.logits is not None and site.logits.score is not None
-    _check_uses(graph, site, chain, live)
 
 
 def _prove_in_frame(
     view: ElementView,
     site: AttentionSite,
-    binding: relax.VarBinding,
-    product: Any,
+    anchor: Anchor,
+    product: _Product,
     source: Any,
-    scores: list[Any],
+    target: Any,
 ) -> int:
     """Prove the site over the index variables of its frame; returns how much the views peel."""
-    graph, frame = view.graph, site.frame
+    graph, frame, binding = view.graph, site.frame, anchor.binding
     at = frame.at
-    weights, values = graph.value[product].args
-    shape, value_shape = shape_of(weights) or [], shape_of(values) or []
+    shape, value_shape = product.shape, shape_of(product.values) or []
 
     # Forward: what multiplies the values is the softmax itself.
-    soft, safe = _softmax_element(view, weights, (*frame.lead, at.s, at.t), binding)
+    index = tuple(product.order((*frame.lead, at.s, at.t)))
+    soft, safe = _softmax_element(view, product.weights, index, binding)
     axis = axis_of(binding.value.attrs.axis, len(soft.index))
     if not view.same(soft.index[axis], at.t):
         raise NotProvenError(
             "softmax runs over another axis than the one multiplied with the values"
         )
+    if not view.same((shape_of(binding.var) or [])[axis], site.key_length):
+        raise NotProvenError("only some of the softmax's results are multiplied with the values")
     if any(mentions(i, at.t) for n, i in enumerate(soft.index) if n != axis):
         raise NotProvenError("the softmax result is indexed by the key twice")
 
     # Backward: f, down to the scores.
-    formula = view.at(source, soft.index, stop=lambda var: var in scores)
+    formula = view.at(source, soft.index, stop=lambda var: var.same_as(target))
     logits = Logits()
-    score = logits.read(formula, scores)
-    left, right = graph.value[score.tensor].args
-    row, column = score.index[-2], score.index[-1]
-    d = view.variable("d", (shape_of(left) or [0])[-1])
-    e = view.variable("e", value_shape[-1])
+    try:
+        score = logits.read(formula, target, view.same)
+    except NoScoreError:
+        mixing = mixing_operator(graph, source)
+        why = f"f mixes keys: it has {mixing!r}" if mixing else "no product below the softmax"
+        raise NotProvenError(why) from None
+    left, right = graph.value[target].args
+    row, column = score.index[-2:]
     lead = score.index[:-2]
-    depth = _set_operands(
-        view,
-        site,
-        (left, (*_lead(left, lead), row, d)),
-        (right, (*_lead(right, lead), d, column)),
-        (values, (*_lead(values, frame.lead), at.t, e)),
-        d,
-        e,
-    )
+    d = view.variable("d", (shape_of(left) or [0])[-1])
+    e = view.variable("e", product.order(value_shape)[-1])
+    q = (left, (*_lead(left, lead), row, d))
+    k = (right, (*_lead(right, lead), d, column))
+    if mentions(row, at.t) and not mentions(row, at.s):
+        q, k = k, q
+    values = tuple(product.order((*_lead(product.values, frame.lead), at.t, e)))
+    depth = _set_operands(view, site, q, k, (product.values, values), d, e)
     site.batch = frame.batch
-    site.product, site.out_index = product, (*frame.lead, at.s, e)
+    site.product = product.var
+    site.out_index = tuple(product.order((*frame.lead, at.s, e)))
+    site.out_element = e
     heads = int(at.heads)
     if frame.head_axis is not None or heads == 1:
         head_axis = frame.head_axis if frame.head_axis is not None else -1
         if head_axis >= 0:
+            rows, columns = product.order((len(shape) - 2, len(shape) - 1))
             site.out = Operand(
-                product,
+                product.var,
                 frame.batch_axis,
                 head_axis,
-                len(shape) - 2,
-                len(shape) - 1,
+                rows,
+                columns,
                 heads,
-                int(value_shape[-1]),
+                int(product.order(value_shape)[-1]),
             )
     _set_logits(view, site, logits)
     site.form = _form(site, safe, len(shape_of(binding.var) or shape))
@@ -303,11 +302,14 @@ def _set_operands(
     dim_vo = static_int(view.analyzer.const_int_bound(e).max_value)
     if dim_qk is None or dim_vo is None or max(dim_qk, dim_vo) >= 1 << 20:
         raise NotProvenError("the size of a head is not known")
-    found = (
-        find_view(view, *q, at, at.s, d, dim_qk + 1, grouped=False),
-        find_view(view, *k, at, at.t, d, dim_qk + 1, grouped=True),
-        find_view(view, *v, at, at.t, e, dim_vo + 1, grouped=True),
-    )
+    found_q = find_view(view, *q, at, at.s, d, dim_qk + 1, grouped=False)
+    found_k = find_view(view, *k, at, at.t, d, dim_qk + 1, grouped=True)
+    found_v = find_view(view, *v, at, at.t, e, dim_vo + 1, grouped=True)
+    if found_k.heads < found_v.heads:
+        found_k = find_view(view, *k, at, at.t, d, dim_qk + 1, grouped=False)
+    elif found_v.heads < found_k.heads:
+        found_v = find_view(view, *v, at, at.t, e, dim_vo + 1, grouped=False)
+    found = (found_q, found_k, found_v)
     if found[2].factor != 1.0:
         raise NotProvenError("the values are scaled")
     site.views = found
@@ -361,8 +363,11 @@ def _softmax_element(
     var = binding.var
     element = view.at(weights, index, stop=lambda v: v.same_as(var))
     safe = False
+    exponential = op_name(binding.value) == "nn.softmax"
     while not isinstance(element, Load):
-        if isinstance(element, Apply) and element.op == "astype" and is_float(element.dtype):
+        if isinstance(element, Apply) and element.op == "exp" and not exponential:
+            element, exponential = element.args[0], True
+        elif isinstance(element, Apply) and element.op == "astype" and is_float(element.dtype):
             element = element.args[0]
         elif isinstance(element, Apply) and element.op == "where":
             condition, when_true, when_false = element.args
@@ -372,7 +377,7 @@ def _softmax_element(
         else:
             what = element.op if isinstance(element, Apply) else "another value"
             raise NotProvenError(f"the softmax result passes through {what!r} before the values")
-    if not element.tensor.same_as(var):
+    if not element.tensor.same_as(var) or not exponential:
         raise NotProvenError("the values are multiplied with something else than the softmax")
     return element, safe
 
@@ -415,12 +420,14 @@ def _all_hidden(view: ElementView, condition: Element, scores: Any) -> bool:
     return False
 
 
-def _check_uses(graph: Graph, site: AttentionSite, chain: set[Any], live: set[Any]) -> None:
+def _check_uses(graph: Graph, site: AttentionSite, anchor: Anchor) -> None:
     """Scores and weights may feed nothing but this attention, and f may read no scores."""
     assert site.logits is not None and site.logits.score is not None
-    inside = graph.reached(site.logits.score.tensor, live, stop=site.product)
+    inside = graph.reached(site.logits.score.tensor, graph.live(), stop=site.product)
     if inside & graph.outputs:
-        raise NotProvenError("the attention scores or weights are also returned")
+        if anchor.chain & graph.outputs and not anchor.through:
+            raise NotProvenError("the attention weights are also returned")
+        raise NotProvenError("the attention scores or weights are also used elsewhere")
 
     def check(load: Load) -> None:
         if load is not site.logits.score and load.tensor in inside:  # type: ignore[union-attr]

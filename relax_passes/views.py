@@ -93,7 +93,7 @@ def find_view(
         if not isinstance(bound, relax.Call):
             break
         name = op_name(bound)
-        if name == "astype" and _widens(dtype_of(bound.args[0]), dtype_of(bound)):
+        if name == "astype" and widens(dtype_of(bound.args[0]), dtype_of(bound)):
             expr = bound.args[0]
             continue
         number = numeric_factor(graph, name, bound)
@@ -106,7 +106,8 @@ def find_view(
     return best
 
 
-def _widens(narrow: str, wide: str) -> bool:
+def widens(narrow: str, wide: str) -> bool:
+    """Whether every number of one floating-point dtype is one of the other."""
     return (
         is_float(narrow)
         and is_float(wide)
@@ -149,6 +150,9 @@ def _strides(
         if found is None:
             continue
         *strides, offset = found
+        if any(mentions(part, i) for part in found for i in (at.b, at.h, at.s, at.t)):
+            # It depends on an index that is none of this operand's.
+            continue
         if extent > 1 and static_int(strides[3]) != 1:
             continue
         return offset, strides[0], strides[1], strides[2], heads // group
