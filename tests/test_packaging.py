@@ -127,6 +127,56 @@ def test_command_line_survives_a_foreign_library(foreign_library: Path, command:
     assert "Traceback" not in generated.stderr + generated.stdout
 
 
+@pytest.fixture
+def other_tvm(tmp_path: Path) -> Path:
+    """A folder for PYTHONPATH with a TVM of another distribution, which ships no sources."""
+    package = tmp_path / "site" / "tvm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("__version__ = '0.26.0'\n")
+    facts = package.with_name("mlc_ai_cpu-0.26.0.dist-info")
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: mlc-ai-cpu\nVersion: 0.26.0\n")
+    (facts / "RECORD").write_text("tvm/__init__.py,,\n")
+    return package.parent
+
+
+def test_an_installation_requires_the_tvm_it_was_built_against(other_tvm: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'cmake')!r}); import tvm_requirement as t; "
+    code += "print(t.dynamic_metadata('dependencies', {'always': ['a'], 'default': 'b'}))"
+    here = f"apache-tvm=={tvm.__version__}"
+    assert run_python(code).stdout.strip() == str(["a", here])
+    assert (
+        run_python(code, PYTHONPATH=str(other_tvm)).stdout.strip() == "['a', 'mlc-ai-cpu==0.26.0']"
+    )
+    shutil.rmtree(other_tvm / "mlc_ai_cpu-0.26.0.dist-info")  # as a checkout
+    assert run_python(code, PYTHONPATH=str(other_tvm)).stdout.strip() == "['a']"
+
+
+def find_tvm(site: Path, checkout: Path | None = None) -> str:
+    """What cmake/find_tvm.py says of a TVM that can't be built against."""
+    env = os.environ | {"PYTHONPATH": str(site), "TVM_SOURCE_DIR": str(checkout or "")}
+    command = [sys.executable, str(ROOT / "cmake" / "find_tvm.py")]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    return result.stderr
+
+
+def test_what_a_tvm_lacks_is_a_sentence(other_tvm: Path, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    assert "set TVM_SOURCE_DIR to a checkout of the same" in find_tvm(other_tvm)
+    assert "name a checkout of TVM" in find_tvm(other_tvm, checkout)
+    headers = checkout / "include/tvm/runtime"
+    headers.mkdir(parents=True)
+    (headers / "tensor.h").touch()
+    assert "of an unknown version, and tvm 0.26.0" in find_tvm(other_tvm, checkout)
+    (headers / "base.h").write_text('#define TVM_VERSION "0.27.0"\n')
+    assert "checkout of TVM 0.27.0, and tvm 0.26.0 is imported" in find_tvm(other_tvm, checkout)
+    (headers / "base.h").write_text('#define TVM_VERSION "0.26.dev0"\n')
+    assert "holds no src/runtime/vm/kv_state.h" in find_tvm(other_tvm, checkout)
+    (other_tvm / "tvm" / "__init__.py").write_text("__version__ = '0.19.0'\n")
+    assert "tvm 0.19.0 is imported; 0.26 and later" in find_tvm(other_tvm)
+
+
 def test_wheel_is_complete_and_works_where_it_is_unpacked(tmp_path: Path) -> None:
     """The library, its facts, the kernel headers and the type markers are inside."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]

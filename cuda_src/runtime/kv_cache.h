@@ -9,7 +9,6 @@
 #include <tvm/ffi/extra/json.h>
 #include <tvm/ffi/function.h>
 #include <tvm/runtime/tensor.h>
-#include <vm/kv_state.h>
 
 #include <cstdint>
 #include <memory>
@@ -24,6 +23,7 @@
 #include "step_layout.h"
 #include "step_runner.h"
 #include "token_heads.h"
+#include "tvm_kv_state.h"
 #include "variant_args.h"
 
 namespace tvm_flashinfer {
@@ -41,7 +41,7 @@ struct SplitRotary {
   tvm::ffi::Optional<Tensor> extension_factors;
 };
 
-class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
+class KVCacheObj : public AttentionKVCacheInterface {
  public:
   /*!
    * \param dtype, device Of the pool.
@@ -327,6 +327,9 @@ class KVCacheObj : public tvm::runtime::vm::AttentionKVCacheObj {
   std::optional<KernelHandle> self_kernel_;
   int32_t self_kv_heads_ = 0;
 };
+
+/*! \brief The cache that a packed function was given, which must be one of ours. */
+KVCacheObj* Ours(const tvm::runtime::vm::AttentionKVCache& cache);
 
 }  // namespace tvm_flashinfer
 

@@ -13,10 +13,19 @@
 #include "tensor_view.h"
 
 namespace tvm_flashinfer {
+
+using tvm::runtime::vm::AttentionKVCache;
+
+KVCacheObj* Ours(const AttentionKVCache& cache) {
+  auto* ours = const_cast<KVCacheObj*>(cache.as<KVCacheObj>());
+  TVM_FLASHINFER_CHECK(ours != nullptr, TypeError)
+      << "argument `cache` is a " << cache->GetTypeKey() << ", expected tvm_flashinfer.KVCache";
+  return ours;
+}
+
 namespace {
 
 using tvm::ffi::Function;
-using tvm::runtime::vm::AttentionKVCache;
 
 int32_t Extent(const char* name, const Shape& shape, size_t index, int64_t low) {
   const int64_t value = shape[index];
@@ -136,13 +145,6 @@ AttentionKVCache CreateKVCacheSplitRotary(Shape bounds, Shape layers, Shape head
   auto cache = creation.Make();
   cache->UseSplitRotary({std::move(split_rotary), std::move(factors)});
   return AttentionKVCache(std::move(cache));
-}
-
-KVCacheObj* Ours(const AttentionKVCache& cache) {
-  auto* ours = const_cast<KVCacheObj*>(cache.as<KVCacheObj>());
-  TVM_FLASHINFER_CHECK(ours != nullptr, TypeError)
-      << "argument `cache` is a " << cache->GetTypeKey() << ", expected tvm_flashinfer.KVCache";
-  return ours;
 }
 
 /*! \brief A cache of latent attention: `heads` are those of queries, 1, and the two head sizes. */

@@ -123,17 +123,22 @@ def tvm_cache() -> Iterator[None]:
 
 @functools.cache
 def compile_model(family: str, quantization: str = "q0f32", cache: str = "ours") -> Path:
-    """``mlc_llm compile``; `cache` is "ours" or "tvm"."""
-    from mlc_llm.cli import compile as mlc_compile
-
+    """A tiny random model, compiled; `cache` is "ours" or "tvm"."""
     folder = Path(tempfile.mkdtemp(prefix=f"{family}-{cache}-", dir=_FOLDER.name))
     (folder / "config.json").write_text(json.dumps(config(family)))
     library = folder / "model.so"
     arguments = [str(folder / "config.json"), "--model-type", family, "--device", "llvm"]
     arguments += ["--quantization", quantization, "-o", str(library)]
+    compiled_by(cache, arguments)
+    return library
+
+
+def compiled_by(cache: str, arguments: list[str]) -> None:
+    """``mlc_llm compile ARGUMENTS``; `cache` is "ours" or "tvm"."""
+    from mlc_llm.cli import compile as mlc_compile
+
     if cache == "ours":
         mlc_compile.main(arguments)
     else:
         with tvm_cache():
             mlc_compile.main(arguments)
-    return library

@@ -1,0 +1,55 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// Packed functions by which newer releases of TVM reach a KV cache, where the installed one hasn't
+// them: callers need not ask for its version. They take our caches only.
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/reflection/registry.h>
+
+#include <string>
+#include <utility>
+
+#include "kv_cache.h"
+
+namespace tvm_flashinfer {
+namespace {
+
+using tvm::ffi::Function;
+using tvm::runtime::vm::AttentionKVCache;
+
+/*! \brief Register `call(cache, args...)`, unless TVM has the function. */
+template <typename Call>
+void DefineMissing(const std::string& name, Call call) {
+  if (!Function::GetGlobal(name).has_value()) Function::SetGlobal(name, Function::FromTyped(call));
+}
+
+template <typename R, typename... Args>
+void DefineMissing(const std::string& name, R (KVCacheObj::*method)(Args...)) {
+  DefineMissing(name, [method](const AttentionKVCache& cache, Args... args) -> R {
+    return (Ours(cache)->*method)(std::move(args)...);
+  });
+}
+
+template <typename R, typename... Args>
+void DefineMissing(const std::string& name, R (KVCacheObj::*method)(Args...) const) {
+  DefineMissing(name, [method](const AttentionKVCache& cache, Args... args) -> R {
+    return (Ours(cache)->*method)(std::move(args)...);
+  });
+}
+
+TVM_FFI_STATIC_INIT_BLOCK() {
+  const std::string prefix = "vm.builtin.attention_kv_cache_";
+  DefineMissing(prefix + "get_checkpoint_metadata", &KVCacheObj::GetCheckpointMetadata);
+  DefineMissing(prefix + "get_layout_hash", &KVCacheObj::GetLayoutHash);
+  DefineMissing(prefix + "export_page_group", &KVCacheObj::ExportPageGroup);
+  DefineMissing(prefix + "prepare_import", &KVCacheObj::PrepareImport);
+  DefineMissing(prefix + "import_page_group", &KVCacheObj::ImportPageGroup);
+  DefineMissing(prefix + "finish_import", &KVCacheObj::FinishImport);
+  DefineMissing(prefix + "get_sequence_length", &KVCacheObj::GetSequenceLength);
+  DefineMissing(
+      prefix + "attention_with_shared_kv",
+      [](const AttentionKVCache& cache, int64_t layer, double sm_scale, Tensor q, Tensor k,
+         Tensor v, Tensor o) { Ours(cache)->AttentionWithSharedKV(layer, q, k, v, o, sm_scale); });
+}
+
+}  // namespace
+}  // namespace tvm_flashinfer
