@@ -58,6 +58,12 @@ struct ScheduleInput {
    * memory bandwidth are. Only with queues of their own, and without fixed_chunk.
    */
   int32_t shared_tail = 0;
+  /*!
+   * KV tokens, counted in every head, that workers with queues of their own read at a time: rows of
+   * many tiles are queued section by section, and their KV stays in the cache meanwhile. 32768 of
+   * 128 16-bit elements are 16 MiB. 0: all rows at once.
+   */
+  int32_t section_kv = 32768;
 };
 
 /*! \brief A batch that does not fit the plan's bounds. Nothing was written. */
@@ -129,6 +135,7 @@ class Scheduler {
     int32_t row, level, q_begin, q_count, kv_begin, kv_end;
     int32_t num_chunks, chunk;  // chunk: tokens
     int32_t num_tail;           // chunks left to the shared tail
+    int32_t section;            // of rows that are worked on together
     int64_t weight;             // cost of one KV token
   };
   struct Chunk {
@@ -193,13 +200,20 @@ class Scheduler {
     for (int32_t l = 0; l < in.num_levels; ++l) {
       const LayoutLevel& level = in.levels[l];
       int32_t request = 0;
+      int64_t section_kv = 0;  // of the rows so far that have more than one tile
       for (int32_t row = 0; row < level.num_rows; ++row) {
         const int32_t kv_len = RowKVLen(level, row, in.page_size);
+        const int32_t section =
+            in.section_kv > 0 ? static_cast<int32_t>(section_kv / in.section_kv) : 0;
+        if (level.qo_indptr[row + 1] - level.qo_indptr[row] > in.tile_tokens) {
+          section_kv += int64_t{kv_len} * bounds_.num_kv_heads;
+        }
         const int32_t position = level.kv_position == nullptr ? 0 : level.kv_position[row];
         for (int32_t q = level.qo_indptr[row]; q < level.qo_indptr[row + 1]; q += in.tile_tokens) {
           Tile t;
           t.row = row;
           t.level = l;
+          t.section = section;
           t.q_begin = q;
           t.q_count = std::min(in.tile_tokens, level.qo_indptr[row + 1] - q);
           t.kv_begin = 0;
@@ -298,7 +312,11 @@ class Scheduler {
         FillInOrder(in);
         return;
       }
-      SortAndAssign();
+      SortAndAssign(!in.shared_queue);
+      // The last section may be too small to even out what the others left.
+      if (imbalance_ > 1.02 && num_chunks_ > 0 && tiles_[num_tiles_ - 1].section > 0) {
+        SortAndAssign(false);
+      }
       if (imbalance_ <= 1.02) return;
       if (in_order <= worst_) {
         FillInOrder(in);
@@ -393,7 +411,7 @@ class Scheduler {
     imbalance_ = total == 0 || has_tail_ ? 1.0
                                          : static_cast<double>(worst_) * bounds_.num_workers /
                                                static_cast<double>(total * heads);
-    SortChunks();
+    SortChunks(false);
     for (int64_t i = 0; i < num_chunks_; ++i) {
       const int32_t owner = chunks_[keys_[i].chunk].worker;
       for (int32_t h = 0; h < heads; ++h) {
@@ -442,10 +460,17 @@ class Scheduler {
 
   static int64_t AlignUp(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-  /*! Descending cost, then ascending chunk: one total order, so the plan is deterministic. */
-  void SortChunks() {
-    for (int64_t i = 0; i < num_chunks_; ++i) keys_[i] = {chunks_[i].cost, static_cast<int32_t>(i)};
+  /*!
+   * Sections in order, in each descending cost, then ascending chunk: one total order, so the plan
+   * is deterministic.
+   */
+  void SortChunks(bool sections) {
+    for (int64_t i = 0; i < num_chunks_; ++i) {
+      const int32_t section = sections ? tiles_[chunks_[i].tile].section : 0;
+      keys_[i] = {chunks_[i].cost, section, static_cast<int32_t>(i)};
+    }
     std::sort(keys_.begin(), keys_.begin() + num_chunks_, [](const Key& a, const Key& b) {
+      if (a.section != b.section) return a.section < b.section;
       return a.cost != b.cost ? a.cost > b.cost : a.chunk < b.chunk;
     });
   }
@@ -468,8 +493,8 @@ class Scheduler {
                : 0;
   }
 
-  void SortAndAssign() {
-    SortChunks();
+  void SortAndAssign(bool sections) {
+    SortChunks(sections);
     const int32_t heads = bounds_.num_kv_heads;
     for (int32_t w = 0; w < bounds_.num_workers; ++w) heap_[w] = {0, w};
     int64_t sum = 0;
@@ -489,7 +514,7 @@ class Scheduler {
   }
 
   void Emit(const ScheduleInput& in, int32_t* buffer) {
-    if (in.fixed_chunk > 0) SortAndAssign();
+    if (in.fixed_chunk > 0) SortAndAssign(!in.shared_queue);
     auto section = [&](PlanSection s) { return buffer + layout_.Offset(s); };
     const int32_t num_tokens = in.qo_indptr[in.num_requests];
     const int32_t heads = bounds_.num_kv_heads;
@@ -595,6 +620,7 @@ class Scheduler {
 
   struct Key {
     int64_t cost;
+    int32_t section;
     int32_t chunk;
   };
 

@@ -66,6 +66,7 @@ class ScheduleInput(ctypes.Structure):
         ("item_overhead", c_int32),
         ("shared_queue", c_bool),
         ("shared_tail", c_int32),
+        ("section_kv", c_int32),
     ]
 
 
@@ -151,6 +152,7 @@ class PlanOptions:
     item_overhead: int = 32
     max_splits: int = 8
     shared_tail: int = 0
+    section_kv: int = 32768
 
 
 @dataclass
@@ -261,6 +263,7 @@ class PlanLibrary:
             item_overhead=o.item_overhead,
             shared_queue=False,
             shared_tail=o.shared_tail,
+            section_kv=o.section_kv,
         )
         sizes = (c_int64 * 3)()
         self.lib.harness_plan_layout(ctypes.byref(bounds), sizes)
