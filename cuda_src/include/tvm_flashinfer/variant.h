@@ -157,7 +157,7 @@ struct StandardVariant : VariantDefaults {
   template <typename Lanes>
   TVM_FLASHINFER_HOST_DEVICE static typename Lanes::Mask Mask(
       const Params& p, const ElementIndex<typename Lanes::Int>& at) {
-    auto visible = at.kv_idx >= 0;
+    typename Lanes::Mask visible = Lanes::B(true);
     if constexpr (kCausal) visible = visible & (at.kv_idx <= at.q_idx);
     if constexpr (kWindow) {
       visible =

@@ -29,6 +29,13 @@ inline void Load16(uint32_t (&r)[4], const void* global) {
 }
 inline void LoadStream16(uint32_t (&r)[4], const void* global) { Load16(r, global); }
 
+inline void Store16(void* global, const uint32_t (&r)[4]) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    Block::Current().Fail("misaligned global address of a 16-byte store");
+  }
+  std::memcpy(global, r, 16);
+}
+
 inline void CpAsync16(uint32_t shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     Block::Current().Fail("misaligned global address of cp.async");

@@ -156,7 +156,7 @@ inline void WgmmaCommit() {
   thread.product_groups.push_back(std::move(thread.products));
   thread.products.clear();
 }
-template <int kPending>
+template <int kPending, int = 0>
 inline void WgmmaWait() {
   Block::Current().Warpgroup("wgmma.wait_group", [](::emulation::Thread* threads) {
     while (threads[0].product_groups.size() > kPending) {

@@ -49,12 +49,7 @@ class BoxLoader {
       LoadSteps(info, [&](const TokenPlace& place, int count) { LoadV(info.item, place, count); });
     } else {
       ptx::WaitForEarlierLaunches();
-      constexpr int kRowsPerWarp = C::kRows / (C::kProducerWarps - 2);
-#pragma unroll 1
-      for (int row = 0; row < kRowsPerWarp; row += kWarpSize) {
-        CopyQueries<C>(p_, info.item, (warp_ - 2) * kRowsPerWarp + row, lane_, pipeline_.Q(slot));
-      }
-      ptx::MbarrierArriveAfterCopies(pipeline_.QueriesFull(slot));
+      CopyQueries<C, Variant>(p_, info.item, pipeline_, slot, warp_ - 2, lane_);
     }
   }
 

@@ -5,6 +5,7 @@
 #define TVM_FLASHINFER_CUDA_KV_GATHER_CUH_
 
 #include "../params.h"
+#include "pipeline.cuh"
 #include "platform.cuh"
 #include "ptx.cuh"
 
@@ -34,16 +35,16 @@ class KVGather {
   };
 
   __device__ __forceinline__ KVGather(const AttentionParams& p, const void* pool,
-                                      const KVStrides& strides, const WorkItem& item, int lane,
+                                      const KVStrides& strides, const ItemInfo& info, int lane,
                                       int part)
-      : pages_(p.plan.Pages(item.level, item.row)),
-        pool_(static_cast<const T*>(pool) + item.head * strides.head),
+      : pages_(p.plan.kv_indices + info.pages),
+        pool_(static_cast<const T*>(pool) + info.item.head * strides.head),
         page_stride_(strides.page),
         token_stride_(strides.token),
         page_size_(static_cast<uint32_t>(p.page_size)),
         page_shift_((page_size_ & (page_size_ - 1)) == 0 ? ptx::HighestBit(page_size_) : -1),
-        kv_begin_(item.kv_begin),
-        kv_count_(item.kv_count),
+        kv_begin_(info.item.kv_begin),
+        kv_count_(info.item.kv_count),
         lane_(lane),
         first_row_(part * kRowsPerLane * kWarpSize) {}
 

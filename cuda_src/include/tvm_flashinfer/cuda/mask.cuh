@@ -11,6 +11,7 @@
 #include "lanes.cuh"
 #include "pipeline.cuh"
 #include "q_tile.cuh"
+#include "query_row.cuh"
 
 namespace tvm_flashinfer {
 namespace cuda {
@@ -34,6 +35,18 @@ class ItemMask {
         q_idx_[h] = p.plan.q_position[token];
         q_head_[h] = q.Head(row);
       }
+    }
+  }
+
+  /*! \param rows The two rows of this thread. */
+  __device__ __forceinline__ ItemMask(const VariantParams& variant, const ItemInfo& info,
+                                      const QueryRow (&rows)[2], const BlockLayout<C>& at)
+      : variant_(variant), info_(info), slice_(at.slice), column_(2 * (at.lane % 4)) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      request_[h] = rows[h].request;
+      q_idx_[h] = rows[h].position;
+      q_head_[h] = rows[h].head;
     }
   }
 

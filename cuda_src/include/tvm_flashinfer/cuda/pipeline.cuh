@@ -73,6 +73,10 @@ struct Pipeline {
   __device__ __forceinline__ uint32_t Empty(int slot) const {
     return Barrier(2 * C::kStages + slot);
   }
+  /*! The record is there, the queries need not be. */
+  __device__ __forceinline__ uint32_t RecordFull(int slot) const {
+    return Barrier(3 * C::kStages + 2 * C::kItemSlots + slot);
+  }
   __device__ __forceinline__ uint32_t ItemFull(int slot) const {
     return Barrier(3 * C::kStages + slot);
   }
@@ -90,6 +94,7 @@ struct Pipeline {
     }
     for (int i = 0; i < C::kItemSlots; ++i) {
       // Filled alike, by one warp; consumers and the other producers let go.
+      ptx::MbarrierInit(RecordFull(i), 1);
       ptx::MbarrierInit(ItemFull(i), kWarpSize + 1);
       ptx::MbarrierInit(ItemEmpty(i), C::kConsumerWarps + C::kProducerWarps - 1);
     }

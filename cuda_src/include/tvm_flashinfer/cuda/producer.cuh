@@ -44,7 +44,7 @@ class Producer {
     next.valid = ReadItem<Variant>(p_, &queue, lane_, &next);
     while (next.valid != 0) {
       const ItemInfo info = next;
-      const KGather gather(p_, p_.k, p_.k_strides, info.item, lane_, 0);
+      const KGather gather(p_, p_.k, p_.k_strides, info, lane_, 0);
       const auto rows = gather.Resolve(0);
       Publish(info, &items);
       // The next item's record is fetched in the shadow of this one's copies.
@@ -59,7 +59,7 @@ class Producer {
   __device__ __forceinline__ void Follow(int part, F load) {
     RingCursor<C::kItemSlots> items;
     while (true) {
-      ptx::MbarrierWait(pipeline_.ItemFull(items.slot), items.phase);
+      ptx::MbarrierWait(pipeline_.RecordFull(items.slot), items.phase);
       const ItemInfo info = *pipeline_.Info(items.slot);
       __syncwarp();
       if (lane_ == 0) ptx::MbarrierArrive(pipeline_.ItemEmpty(items.slot));
@@ -73,7 +73,7 @@ class Producer {
   using VGather = KVGather<C, typename C::VTile>;
 
   __device__ __forceinline__ void LoadK(const ItemInfo& info, int part) {
-    const KGather gather(p_, p_.k, p_.k_strides, info.item, lane_, part);
+    const KGather gather(p_, p_.k, p_.k_strides, info, lane_, part);
     LoadKSteps(info, gather, gather.Resolve(0));
   }
   __device__ __forceinline__ void LoadKSteps(const ItemInfo& info, const KGather& gather,
@@ -83,7 +83,7 @@ class Producer {
         [&](int slot) { return pipeline_.FullK(slot); });
   }
   __device__ __forceinline__ void LoadV(const ItemInfo& info, int part) {
-    const VGather gather(p_, p_.v, p_.v_strides, info.item, lane_, part);
+    const VGather gather(p_, p_.v, p_.v_strides, info, lane_, part);
     LoadSteps(
         info, gather, gather.Resolve(0), [&](int slot) { return pipeline_.V(slot); },
         [&](int slot) { return pipeline_.FullV(slot); });
@@ -99,9 +99,13 @@ class Producer {
   /*! \brief Hand an item, and its queries, to the consumers; one that is not valid ends them. */
   __device__ __forceinline__ void Publish(const ItemInfo& info,
                                           RingCursor<C::kItemSlots>* items) const {
-    ptx::WaitForEarlierLaunches();
     ptx::MbarrierWait(pipeline_.ItemEmpty(items->slot), items->phase ^ 1);
-    if (lane_ == 0) *pipeline_.Info(items->slot) = info;
+    // The other producers need not wait for the queries.
+    if (lane_ == 0) {
+      *pipeline_.Info(items->slot) = info;
+      ptx::MbarrierArrive(pipeline_.RecordFull(items->slot));
+    }
+    ptx::WaitForEarlierLaunches();
     if (info.valid != 0) QTile<C>(p_, info.item).Load(p_, lane_, pipeline_.Q(items->slot));
     Arrive(pipeline_.ItemFull(items->slot));
     items->Advance();
@@ -111,6 +115,7 @@ class Producer {
   __device__ __forceinline__ void LoadSteps(const ItemInfo& info, const Gather& gather,
                                             typename Gather::Rows rows, Tile tile, Full full) {
     const int steps = CeilDiv(info.item.kv_count, C::kStepKV);
+    ptx::WaitForEarlierLaunches();
     for (int step = 0; step < steps; ++step) {
       const auto ahead = gather.Resolve(step + 1);
       if (ClassifyTokens<Variant>(variant_, info, step * C::kStepKV, C::kStepKV) !=

@@ -42,6 +42,13 @@ __device__ __forceinline__ void Load16(uint32_t (&r)[4], const void* global) {
                : "memory");
 }
 
+/*! \brief Store 16 bytes. */
+__device__ __forceinline__ void Store16(void* global, const uint32_t (&r)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // ---- Asynchronous copies, sm_80 ----
 
 /*! \brief Copy 16 bytes global -> shared, past L1. */

@@ -21,10 +21,13 @@ __device__ __forceinline__ void WgmmaFence() {
 __device__ __forceinline__ void WgmmaCommit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-/*! \brief Wait until at most `kPending` groups of products are in flight. */
-template <int kPending>
+/*!
+ * \brief Wait until at most `kPending` groups of products are in flight.
+ * \tparam kPlace Waits of different places are not merged by the compiler.
+ */
+template <int kPending, int kPlace = 0>
 __device__ __forceinline__ void WgmmaWait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;  // %1" ::"n"(kPending), "n"(kPlace) : "memory");
 }
 /*! \brief Keep the compiler from moving uses of `c` across this place. */
 template <int kTiles>

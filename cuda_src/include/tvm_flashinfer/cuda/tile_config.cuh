@@ -82,7 +82,7 @@ struct TileConfig {
   static constexpr int kScratchOffset = kQOffset + kItemSlots * kQBytes;
   static constexpr int kInfoOffset = kScratchOffset + Max(kExchangeBytes, kMergeBytes);
   static constexpr int kBarrierOffset = kInfoOffset + kItemSlots * 64;
-  static constexpr int kSharedBytes = kBarrierOffset + 8 * (3 * kStages + 2 * kItemSlots);
+  static constexpr int kSharedBytes = kBarrierOffset + 8 * (3 * kStages + 3 * kItemSlots);
 };
 
 }  // namespace cuda

@@ -8,6 +8,7 @@
 
 #include "kv_maps.cuh"
 #include "platform.cuh"
+#include "query_row.cuh"
 #include "wgmma_tile.cuh"
 
 namespace tvm_flashinfer {
@@ -51,6 +52,8 @@ struct WarpgroupConfig {
   // The producer warp that takes items. Of boxes one that copies queries: a slot ahead, it never
   // waits for the ring.
   static constexpr int kLeadWarp = kBoxes ? 3 : 0;
+  static constexpr int kQueryWarps = kBoxes ? 2 : kProducerWarps;  //!< that copy queries, the last
+  static constexpr int kTileWarps = kBoxes ? 1 : 2;  //!< that copy K tiles, and as many V tiles
   static constexpr int kThreads = kConsumerThreads + kWarpgroupSize;
   // Together what the launch gave: 384 threads x 168.
   static constexpr int kConsumerRegisters = 216;
@@ -72,12 +75,14 @@ struct WarpgroupConfig {
   static constexpr int kMergeStates = 32;
   static constexpr int kMergeBytes = (kRows + kMergeStates * (kRows + 1)) * 4;
 
-  // Shared memory: rings, query tiles, merge, item records, barriers.
+  // Shared memory: rings, query tiles, merge, item records, rows of the tiles, barriers.
   static constexpr int kVOffset = kStages * KTile::kBytes;
   static constexpr int kQOffset = kVOffset + kStages * VTile::kBytes;
   static constexpr int kScratchOffset = kQOffset + kItemSlots * QTile::kBytes;
   static constexpr int kInfoOffset = kScratchOffset + kMergeBytes;
-  static constexpr int kBarrierOffset = kInfoOffset + kItemSlots * 64;
+  static constexpr int kRowsOffset = kInfoOffset + kItemSlots * 64;
+  static constexpr int kRowsBytes = kRows * sizeof(QueryRow);
+  static constexpr int kBarrierOffset = kRowsOffset + kItemSlots * kRowsBytes;
   static constexpr int kSharedBytes = kBarrierOffset + 8 * (4 * kStages + 3 * kItemSlots);
 };
 

@@ -7,14 +7,16 @@
 #ifndef TVM_FLASHINFER_CUDA_WARPGROUP_CONSUMER_CUH_
 #define TVM_FLASHINFER_CUDA_WARPGROUP_CONSUMER_CUH_
 
+#include <type_traits>
+
 #include "../params.h"
 #include "block_layout.cuh"
 #include "mask.cuh"
 #include "merge.cuh"
 #include "online_softmax.cuh"
-#include "output.cuh"
 #include "ptx.cuh"
-#include "q_tile.cuh"
+#include "query_row.cuh"
+#include "warpgroup_output.cuh"
 #include "warpgroup_pipeline.cuh"
 
 namespace tvm_flashinfer {
@@ -59,8 +61,6 @@ class WarpgroupConsumer {
 
   __device__ __forceinline__ void Item(const ItemInfo& info,
                                        const RingCursor<C::kItemSlots>& items) {
-    const QTile<C> q(p_, info.item);
-    const ItemMask<C, Variant> mask(p_, variant_, info, q, at_);
     const uint32_t queries = pipeline_.Q(items.slot);
     State state;
     Logits s;
@@ -68,7 +68,10 @@ class WarpgroupConsumer {
     float rescale[2];
     StepsDown<C, Variant> steps(variant_, info);
     ptx::MbarrierWait(pipeline_.QueriesFull(items.slot), items.phase);
-    ptx::FenceAsyncProxy();  // as do rows, queries come by cp.async
+    ptx::FenceAsyncProxy();  // queries come by cp.async
+    const QueryRow rows[2] = {pipeline_.Rows(items.slot)[at_.Row(0)],
+                              pipeline_.Rows(items.slot)[at_.Row(1)]};
+    const ItemMask<C, Variant> mask(variant_, info, rows, at_);
     if (steps.step() >= 0) {
       ptx::MbarrierWait(pipeline_.FullK(k_.slot), k_.phase);
       MultiplyQK(s, queries);
@@ -76,9 +79,30 @@ class WarpgroupConsumer {
       ptx::PinRegisters(s);
       Release(pipeline_.EmptyK(k_.slot));
       k_.Advance();
-      FinishLogits(s, mask, steps);
+      Transform(s, mask, steps.step());
+      if (steps.tile() == TileClass::kMixed) mask.Mask(s, steps.step());
       state.Exponentiate(s, scale_, rescale);
       Round(s, weights);
+      // The rest of a step, twice: one that masks needs registers that the other must not give.
+      const auto finish = [&](auto mixed) {
+        Transform(s, mask, steps.step());
+        if constexpr (mixed.value) mask.Mask(s, steps.step());
+        const bool rises = state.Exponentiate(s, scale_, rescale);
+        ptx::PinRegisters(s);
+        // Waits on both sides of a branch: a wait before it would be moved ahead of the
+        // exponentials.
+        if (rises) {
+          ptx::WgmmaWait<0>();
+          ptx::PinRegisters(state.o);
+          state.Rescale(rescale);
+        } else {
+          ptx::WgmmaWait<0, 1>();
+          ptx::PinRegisters(state.o);
+        }
+        Release(pipeline_.EmptyV(v_.slot));
+        v_.Advance();
+        Round(s, weights);
+      };
       for (steps.Next(); steps.step() >= 0; steps.Next()) {
         ptx::MbarrierWait(pipeline_.FullK(k_.slot), k_.phase);
         AwaitTurn();
@@ -90,15 +114,11 @@ class WarpgroupConsumer {
         ptx::PinRegisters(s);
         Release(pipeline_.EmptyK(k_.slot));
         k_.Advance();
-        FinishLogits(s, mask, steps);
-        const bool rises = state.Exponentiate(s, scale_, rescale);
-        ptx::PinRegisters(s);
-        ptx::WgmmaWait<0>();
-        ptx::PinRegisters(state.o);
-        Release(pipeline_.EmptyV(v_.slot));
-        v_.Advance();
-        if (rises) state.Rescale(rescale);
-        Round(s, weights);
+        if (steps.tile() == TileClass::kMixed) {
+          finish(std::true_type{});
+        } else {
+          finish(std::false_type{});
+        }
       }
       Release(pipeline_.ItemEmpty(items.slot));
       ptx::MbarrierWait(pipeline_.FullV(v_.slot), v_.phase);
@@ -111,13 +131,12 @@ class WarpgroupConsumer {
       Release(pipeline_.ItemEmpty(items.slot));
     }
     state.Finish(scale_);
-    WriteStates<C>(p_, info.item, q, at_, state);
+    WriteRows<C>(p_, info.item, rows, at_.lane, state.o, state.max, state.sum);
     if (info.item.partial >= 0) MergeCompleted<C>(p_, info.item, pipeline_.Scratch());
   }
 
   /*! \brief Issue s = Q K^T of the K tile at hand. */
   __device__ __forceinline__ void MultiplyQK(Logits& s, uint32_t queries) const {
-    if constexpr (!C::kBoxes) ptx::FenceAsyncProxy();
     ptx::WgmmaFence();
 #pragma unroll
     for (int k = 0; k < C::kHeadDimQK / 16; ++k) {
@@ -130,7 +149,6 @@ class WarpgroupConsumer {
   /*! \brief Issue o += P V of the V tile at hand. */
   __device__ __forceinline__ void MultiplyPV(float (&o)[C::kHeadDimVO / 8][4],
                                              const Weights& weights) const {
-    if constexpr (!C::kBoxes) ptx::FenceAsyncProxy();
     ptx::WgmmaFence();
 #pragma unroll
     for (int k = 0; k < C::kStepKV / 16; ++k) {
@@ -139,11 +157,11 @@ class WarpgroupConsumer {
     ptx::WgmmaCommit();
   }
 
-  /*! \brief Scale's sign, the variant's transform, and the mask where a step needs one. */
-  __device__ __forceinline__ void FinishLogits(Logits& s, const ItemMask<C, Variant>& mask,
-                                               const StepsDown<C, Variant>& steps) const {
+  /*! \brief The variant's transform, or the scale's sign. */
+  __device__ __forceinline__ void Transform(Logits& s, const ItemMask<C, Variant>& mask,
+                                            int step) const {
     if constexpr (Variant::kHasLogits) {
-      mask.Transform(s, steps.step(), p_.sm_scale);
+      mask.Transform(s, step, p_.sm_scale);
     } else if (sign_ != 1.0f) {
 #pragma unroll
       for (int n = 0; n < C::kStepKV / 8; ++n) {
@@ -151,7 +169,6 @@ class WarpgroupConsumer {
         for (int e = 0; e < 4; ++e) s[n][e] *= sign_;
       }
     }
-    if (steps.tile() == TileClass::kMixed) mask.Mask(s, steps.step());
   }
 
   /*! \brief Probabilities as fragments of the operand type. */

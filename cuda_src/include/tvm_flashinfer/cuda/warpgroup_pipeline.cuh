@@ -8,6 +8,7 @@
 #include "pipeline.cuh"
 #include "platform.cuh"
 #include "ptx.cuh"
+#include "query_row.cuh"
 
 namespace tvm_flashinfer {
 namespace cuda {
@@ -33,6 +34,10 @@ struct WarpgroupPipeline {
     return reinterpret_cast<ItemInfo*>(smem + C::kInfoOffset + slot * 64);
   }
 
+  __device__ __forceinline__ QueryRow* Rows(int slot) const {
+    return reinterpret_cast<QueryRow*>(smem + C::kRowsOffset + slot * C::kRowsBytes);
+  }
+
   __device__ __forceinline__ uint32_t FullK(int slot) const { return Barrier(slot); }
   __device__ __forceinline__ uint32_t FullV(int slot) const { return Barrier(C::kStages + slot); }
   __device__ __forceinline__ uint32_t EmptyK(int slot) const {
@@ -55,15 +60,15 @@ struct WarpgroupPipeline {
   /*! \brief By one thread, before the block's first barrier. */
   __device__ __forceinline__ void Init() const {
     for (int i = 0; i < C::kStages; ++i) {
-      // Boxes arrive through one thread, gathered rows through all.
-      ptx::MbarrierInit(FullK(i), C::kBoxes ? 1 : kWarpgroupSize);
-      ptx::MbarrierInit(FullV(i), C::kBoxes ? 1 : kWarpgroupSize);
+      ptx::MbarrierInit(FullK(i), C::kTileWarps);
+      ptx::MbarrierInit(FullV(i), C::kTileWarps);
       ptx::MbarrierInit(EmptyK(i), C::kConsumerWarps);
       ptx::MbarrierInit(EmptyV(i), C::kConsumerWarps);
     }
     for (int i = 0; i < C::kItemSlots; ++i) {
       ptx::MbarrierInit(RecordFull(i), 1);
-      ptx::MbarrierInit(QueriesFull(i), C::kBoxes ? kWarpgroupSize / 2 : kWarpgroupSize);
+      // Every lane's copies, and lane 0 for what the lanes stored themselves.
+      ptx::MbarrierInit(QueriesFull(i), C::kQueryWarps * (kWarpSize + 1));
       ptx::MbarrierInit(ItemEmpty(i), C::kConsumerWarps + C::kProducerWarps);
     }
   }
