@@ -7,7 +7,6 @@ from typing import Any
 
 from relax_passes.logits import Logits
 from relax_passes.mask import Mask
-from relax_passes.operands import Operand
 from relax_passes.views import StridedView
 
 
@@ -16,22 +15,17 @@ class AttentionSite:
     """``out = softmax(f(scale * q kT)) v`` found in a graph.
 
     ``reason`` is empty when q, k, v and f are all proven; else it says what is not, and the other
-    fields hold what was found up to there.  ``q``, ``k``, ``v`` are None where no tensor has heads,
-    tokens and elements as axes of its own, ``axes_scale`` being their scale; ``views`` reads them
-    with strides, ``scale`` being theirs.  ``frame`` has the
-    index variables that ``logits`` and ``mask`` are formulas over.
+    fields hold what was found up to there.  ``views`` are q, k and v, read with strides from the
+    tensors that the model's projections made, and ``scale`` is what multiplies their products.
+    ``frame`` has the index variables that ``logits`` and ``mask`` are formulas over.  ``product``
+    is the result, ``out_index`` the index in it by (batch, head, query, element).
     """
 
     name: str
     form: str
     anchor: Any
     reason: str = ""
-    q: Operand | None = None
-    k: Operand | None = None
-    v: Operand | None = None
-    out: Operand | None = None
     scale: float = 1.0
-    axes_scale: float = 1.0
     soft_cap: float = 0.0
     biases: int = 0
     mask: Mask = field(default_factory=Mask)
@@ -63,15 +57,15 @@ class AttentionSite:
 
     @property
     def num_qo_heads(self) -> int:
-        return self.views[0].heads if self.views else self.q.heads if self.q else 0
+        return self.views[0].heads if self.views else 0
 
     @property
     def num_kv_heads(self) -> int:
-        return self.views[1].heads if self.views else self.k.heads if self.k else 0
+        return self.views[1].heads if self.views else 0
 
     @property
     def head_dim(self) -> int:
-        return self.views[0].dim if self.views else self.q.head_dim if self.q else 0
+        return self.views[0].dim if self.views else 0
 
     def refuse(self, reason: str) -> AttentionSite:
         self.reason = self.reason or reason

@@ -68,8 +68,14 @@ class Derived:
     finite: bool = False
 
 
-def derive(view: ElementView, site: AttentionSite) -> Derived:
+def derive(view: ElementView, site: AttentionSite, *, stateful: bool = False) -> Derived:
     """The variant of a recognised site.
+
+    Parameters
+    ----------
+    stateful : bool
+        The kernel will see a sequence in parts: of tensors that grow with it, f reads what they are
+        made from, as far as that can be computed for each pair of query and key.
 
     Raises
     ------
@@ -80,18 +86,18 @@ def derive(view: ElementView, site: AttentionSite) -> Derived:
     assert logits is not None
     finite = [m for m in logits.masks if m.finite]
     if finite and not _sees_a_key(view, site):
-        return _derive(view, site, finite=True)
+        return _derive(view, site, finite=True, stateful=stateful)
     scale = site.scale if logits.plain else logits.scale
     if logits.plain and not mask.rest and mask.lower is None and mask.upper in (None, 0):
         variant = "full" if mask.upper is None else "causal"
         return Derived(variant, scale, mask.offset)
-    return _derive(view, site, finite=False)
+    return _derive(view, site, finite=False, stateful=stateful)
 
 
-def _derive(view: ElementView, site: AttentionSite, *, finite: bool) -> Derived:
+def _derive(view: ElementView, site: AttentionSite, *, finite: bool, stateful: bool) -> Derived:
     logits, mask = site.logits, site.mask
     assert logits is not None
-    dry = _Translator(view, site)
+    dry = _Translator(view, site, stateful=stateful)
     hidden = [m for m in logits.masks if not m.finite] if finite else []
 
     def visible(translator: _Translator, masks: list[Hidden]) -> Any:
@@ -142,7 +148,7 @@ def _derive(view: ElementView, site: AttentionSite, *, finite: bool) -> Derived:
     def replay(what: Callable[[_Translator], Any]) -> Callable[..., Any]:
         def call(at: Any, *rest: Any) -> Any:
             x = rest[0] if len(rest) == 2 else None
-            return what(_Translator(view, site, at, x, rest[-1], dry))
+            return what(_Translator(view, site, at, x, rest[-1], dry, stateful=stateful))
 
         return call
 
@@ -169,6 +175,36 @@ def _identifier(site: AttentionSite, finite: bool) -> str:
     return f"graph_{cleaned}"[:60]
 
 
+def argument(emit: Callable[[Any], Any], given: Argument) -> Any:
+    """A parameter of the variant as kernels take it: a scalar, or a tensor without axes of one
+    element; ``emit`` binds an expression.
+    """
+    value, dtype = given.value, given.dtype
+    if not given.ndim:
+        return relax.prim_value(value)
+    if given.half:
+        value = emit(_half(emit, value, given.half))
+    elif dtype_of(value) == "int64":
+        # Positions and lengths fit 32 bits; other numbers must not wrap into their range.
+        limit = (1 << 31) - 1
+        value = emit(relax.op.clip(value, -limit, limit))
+    if dtype_of(value) != dtype:
+        value = emit(relax.op.astype(value, dtype))
+    shape = shape_of(value) or []
+    kept = [n for n in shape if static_int(n) != 1] or [1]
+    if len(kept) != len(shape):
+        value = emit(relax.op.reshape(value, kept))
+    return value
+
+
+def _half(emit: Callable[[Any], Any], value: Any, half: str) -> Any:
+    """32 bits of an int64 tensor, as an int64 that fits an int32."""
+    if half == "high":
+        return relax.op.right_shift(value, relax.const(32, "int64"))
+    up = emit(relax.op.left_shift(value, relax.const(32, "int64")))
+    return relax.op.right_shift(up, relax.const(32, "int64"))
+
+
 # ---------------------------------------------------------------------------------------------
 # formulas to TIR
 
@@ -184,8 +220,10 @@ class _Translator:
         x: Any = None,
         p: Any = None,
         dry: _Translator | None = None,
+        *,
+        stateful: bool = False,
     ) -> None:
-        self.view, self.site = view, site
+        self.view, self.site, self.stateful = view, site, stateful
         self.at = at or SimpleNamespace(
             **{
                 name: tirx.Var(name, "int32")
@@ -277,6 +315,8 @@ class _Translator:
         if origin is None or not is_float(element.dtype):
             return False
         by = [any(mentions(i, var) for i in origin.index) for var in (at.s, at.t)]
+        if self.stateful:
+            return not any(by) and None not in map(static_int, shape_of(origin.tensor) or [None])
         score = self.site.logits.score if self.site.logits else None
         found: list[Load] = []
         loads(element, found.append)

@@ -275,6 +275,8 @@ class ElementView:
                 number = Index(self.analyzer.simplify(start + index[0] * step))
                 dtype = dtype_of(call)
                 return Apply("astype", (number,), dtype) if is_float(dtype) else number
+        if name == "cumsum":
+            return self._counted(call, index)
         if name in ("ones", "ones_like", "zeros", "zeros_like"):
             value: Any = int(name.startswith("ones"))
             return Const(bool(value) if dtype_of(call) == "bool" else value)
@@ -282,6 +284,21 @@ class ElementView:
             fill = scalar_value(self.graph.resolve(call.args[1]))
             return None if fill is None else Const(fill)
         return None
+
+    def _counted(self, call: relax.Call, index: Sequence[Any]) -> Element | None:
+        """``cumsum`` of a constant, as of a mask of ones: how many there are up to here."""
+        if call.attrs.axis is None or getattr(call.attrs, "exclusive", False):
+            return None
+        element = self.at(call.args[0], index)
+        while isinstance(element, Apply) and element.op == "astype":
+            element = element.args[0]
+        step = int(element.value) if isinstance(element, Const) else 0
+        if not isinstance(element, Const) or step != element.value:
+            return None
+        axis = axis_of(call.attrs.axis, len(index))
+        number = Index(self.analyzer.simplify((index[axis] + 1) * step))
+        dtype = dtype_of(call)
+        return Apply("astype", (number,), dtype) if is_float(dtype) else number
 
     def _indexed(
         self, call: relax.Call, index: Sequence[Any], stop: Callable[[Any], bool]

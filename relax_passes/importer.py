@@ -35,16 +35,29 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from relax_passes.experts import use_dense_experts
+
 #: ``model_type`` of the models that are known to give the logits of transformers.
 SUPPORTED_FAMILIES = (
+    "bloom",
+    "falcon",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "granite",
     "llama",
     "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "granite",
+    "mixtral",
     "olmo2",
+    "opt",
+    "phi",
     "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
     "smollm3",
     "stablelm",
     "starcoder2",
@@ -117,7 +130,7 @@ def import_causal_lm(source: Any, *, dtype: str | None = None) -> ImportedCausal
         family=config.model_type,
         dtype=dtype,
         vocab_size=int(text.vocab_size),
-        max_position_embeddings=int(text.max_position_embeddings),
+        max_position_embeddings=_longest(text),
         sliding_window=_sliding_window(text),
     )
 
@@ -176,16 +189,24 @@ def _unsupported(where: str, family: object) -> str:
 def _check_config(config: Any, *, where: str) -> None:
     if config.model_type not in SUPPORTED_FAMILIES:
         raise CheckpointError(_unsupported(where, config.model_type))
-    wrong = [a for a in config.architectures or [] if not a.endswith("ForCausalLM")]
+    endings = ("ForCausalLM", "LMHeadModel")
+    wrong = [a for a in config.architectures or [] if not a.endswith(endings)]
     if wrong:
         raise CheckpointError(
-            f"{where!r} holds a {wrong[0]}; supported are the ForCausalLM models of "
-            f"{', '.join(SUPPORTED_FAMILIES)}."
+            f"{where!r} holds a {wrong[0]}; supported are the ForCausalLM and LMHeadModel models "
+            f"of {', '.join(SUPPORTED_FAMILIES)}."
         )
     if getattr(config, "quantization_config", None):
         raise CheckpointError(
             f"{where!r} holds quantised weights; accepted are float32, float16 and bfloat16."
         )
+
+
+def _longest(config: Any) -> int:
+    """The longest sequence a model takes; ALiBi models may name none."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    found = [getattr(config, name, None) for name in names]
+    return next((int(n) for n in found if n), 2048)
 
 
 def _sliding_window(config: Any) -> int | None:
@@ -209,16 +230,20 @@ def _own_dtype(config: Any, weights: _Weights) -> str:
 
 
 def _skeleton(config: Any, dtype: str) -> Any:
-    """The model with uninitialised weights, computing attention by SDPA."""
+    """The model with uninitialised weights, computing attention by SDPA where it can."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+            config,
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa" if kind._supports_sdpa else "eager",
         )
     model.tie_weights()
+    use_dense_experts(model)
     return model.eval()
 
 
@@ -237,14 +262,21 @@ def _export(model: Any) -> tuple[tvm.IRModule, list[list[str]]]:
             return self.model(input_ids=input_ids, attention_mask=ones, use_cache=False).logits
 
     example = (torch.zeros(1, 8, dtype=torch.long),)
-    dynamic = ({1: torch.export.Dim("seq_len", min=2)},)
-    try:
-        with torch.no_grad():
-            program = torch.export.export(FullSequence(), example, dynamic_shapes=dynamic)
-    except Exception as err:
+    program = None
+    longest = _longest(model.config.get_text_config())
+    # Some models treat their very longest sequence apart, which one graph can't.
+    for limit in (longest, longest - 1):
+        dynamic = ({1: torch.export.Dim("seq_len", min=2, max=limit)},)
+        try:
+            with torch.no_grad():
+                program = torch.export.export(FullSequence(), example, dynamic_shapes=dynamic)
+            break
+        except Exception as err:
+            reason = err
+    if program is None:
         raise CheckpointError(
-            f"torch.export cannot trace {type(model).__name__}: {_line(err)}."
-        ) from err
+            f"torch.export cannot trace {type(model).__name__}: {_line(reason)}."
+        ) from reason
     try:
         module = from_exported_program(
             program,
@@ -310,7 +342,60 @@ def sdpa_convert_map() -> dict[str, Callable[..., relax.Var]]:
         "linear.default": _convert_linear,
         "to.device": _convert_to,
         "to.dtype_layout": _convert_to,
+        "where.ScalarOther": _convert_where,
+        "where.ScalarSelf": _convert_where,
+        "where.Scalar": _convert_where,
+        "numpy_T.default": _convert_transpose,
+        "div_.Tensor": _convert_divide,
+        "sym_max": _convert_sym_max,
+        "repeat_interleave.self_int": _convert_repeat,
     }
+
+
+def _convert_where(node: Any, importer: Any) -> relax.Var:
+    """``aten.where`` whose values, one or both, are numbers."""
+    emit = importer.block_builder.emit
+    dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+    condition, *values = node.args
+    condition = importer.env[condition]
+    if condition.ty.dtype.dtype != "bool":
+        condition = emit(relax.op.astype(condition, "bool"))
+    a, b = (
+        relax.const(v, dtype) if isinstance(v, int | float) else importer.env[v] for v in values
+    )
+    return emit(relax.op.where(condition, a, b))
+
+
+def _convert_divide(node: Any, importer: Any) -> relax.Var:
+    """``x /= y``, where nothing reads x afterwards but as the result."""
+    x, y = node.args
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    if any(order[user] > order[node] for user in x.users):
+        raise ValueError("a tensor is read after it was divided in place")
+    a = importer.env[x]
+    b = importer.env[y] if y in importer.env else relax.const(y, a.ty.dtype.dtype)
+    return importer.block_builder.emit(relax.op.divide(a, b))
+
+
+def _convert_sym_max(node: Any, importer: Any) -> Any:
+    """The larger of two lengths."""
+    a, b = (importer.env.get(x, x) if not isinstance(x, int) else x for x in node.args)
+    return tvm.tirx.max(a, b)
+
+
+def _convert_transpose(node: Any, importer: Any) -> relax.Var:
+    """``tensor.T``: all axes reversed."""
+    return importer.block_builder.emit(relax.op.permute_dims(importer.env[node.args[0]]))
+
+
+def _convert_repeat(node: Any, importer: Any) -> relax.Var:
+    """``aten.repeat_interleave`` with a number: each element that often along an axis."""
+    named = dict(zip(("self", "repeats", "dim"), node.args, strict=False)) | dict(node.kwargs)
+    x, repeats, axis = importer.env[named["self"]], named["repeats"], named.get("dim")
+    emit = importer.block_builder.emit
+    if axis is None:
+        return emit(relax.op.repeat(x, repeats))
+    return emit(relax.op.repeat(x, repeats, axis % len(x.ty.shape)))
 
 
 def _convert_to(node: Any, importer: Any) -> relax.Var:
@@ -353,7 +438,7 @@ def _convert_sdpa(node: Any, importer: Any) -> relax.Var:
         raise ValueError("scaled_dot_product_attention with dropout")
     emit = importer.block_builder.emit
     query, key, value = (importer.env[named[k]] for k in ("query", "key", "value"))
-    if named.get("enable_gqa"):
+    if named.get("enable_gqa") or int(key.ty.shape[1]) == 1:
         key, value = (_repeat_heads(emit, x, query) for x in (key, value))
     query, key, value = (emit(relax.op.permute_dims(x, [0, 2, 1, 3])) for x in (query, key, value))
     bias = None

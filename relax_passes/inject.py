@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from tvm.relax.pipeline import PIPELINE_MAP, register_pipeline
 from tvm_ffi import structural_equal
 
 from relax_passes.attention_site import AttentionSite
-from relax_passes.derive import Argument, Derived, derive
+from relax_passes.derive import Derived, argument, derive
 from relax_passes.elements import ElementView
-from relax_passes.graph import Graph, dtype_of, op_name, shape_of, static_int
+from relax_passes.graph import Graph, shape_of
 from relax_passes.logits import NotProvenError
+from relax_passes.output_view import OutputView, find_output
 from relax_passes.recognize import find_sites
 from relax_passes.report import Report
 from relax_passes.targets import kernel_cpu
@@ -139,7 +140,7 @@ class InjectAttention:
             kind = "no" if target is None else target.kind.name
             raise NotProvenError(f"the target is {kind}; kernels are compiled for llvm targets")
         derived = derive(view, site)
-        out = _find_output(graph, view, site)
+        out = find_output(graph, view, site)
         q, k, v = site.operands
         if k.dtype != v.dtype:
             raise NotProvenError(f"keys are {k.dtype} and values {v.dtype}")
@@ -160,124 +161,6 @@ class InjectAttention:
 
 
 # ---------------------------------------------------------------------------------------------
-# where the result goes
-
-
-@dataclass(frozen=True)
-class _Output:
-    """The graph's ``var`` is a reshape of the kernel's result laid out as ``order``."""
-
-    var: Any
-    order: str
-    dtype: str
-
-
-#: Orders of (batch, token, head) the kernel may write; token-major first, which models want.
-_ORDERS = ("BSH", "SBH", "BHS")
-
-
-def _find_output(graph: Graph, view: ElementView, site: AttentionSite) -> _Output:
-    """Follow the result through layout operators as far as some order of it is what they make."""
-    q, _, v = site.operands
-    live = graph.live()
-    var, index = site.product, None
-    best: _Output | None = None
-    for _ in range(12):
-        index = _index_of(view, var)
-        if index is None:
-            break
-        order = _order(view, site, var, index, v.dim)
-        if order is not None:
-            best = _Output(var, order, dtype_of(var))
-        users = [u for u in dict.fromkeys(graph.users[var]) if u in live]
-        if len(users) != 1 or var in graph.outputs:
-            break
-        value = graph.value[users[0]]
-        if op_name(value) == "astype":
-            # float32 rounded to the dtype of q: the kernel rounds its float32 sums just so.
-            if dtype_of(value) != q.dtype or dtype_of(var) != "float32":
-                break
-        elif not isinstance(value, relax.Var | relax.Call) or (
-            isinstance(value, relax.Call)
-            and view.through_layout(value, _index_of(view, users[0]) or ()) is None
-        ):
-            break
-        var = users[0]
-    if best is None:
-        raise NotProvenError("the result has no layout that the kernel can write")
-    return best
-
-
-def _index_of(view: ElementView, var: Any) -> tuple[Any, ...] | None:
-    shape = shape_of(var)
-    if shape is None:
-        return None
-    return tuple(
-        tirx.IntImm("int64", 0) if static_int(n) == 1 else view.variable(f"i{axis}", n)
-        for axis, n in enumerate(shape)
-    )
-
-
-def _order(
-    view: ElementView, site: AttentionSite, var: Any, index: tuple[Any, ...], dim: int
-) -> str | None:
-    """The order in which the kernel's result, reshaped, is ``var``; None if there is none."""
-    element = view.at(var, index, stop=lambda v: v.same_as(site.product))
-    while getattr(element, "op", "") == "astype":
-        element = element.args[0]  # type: ignore[union-attr]
-    if not getattr(element, "tensor", None) is not None:
-        return None
-    if not element.tensor.same_as(site.product):  # type: ignore[union-attr]
-        return None
-    # site.out_index gives the product's index by (b, h, s, e); read it backwards.
-    places = _places(view, site, element.index)  # type: ignore[union-attr]
-    if places is None:
-        return None
-    shape = shape_of(var) or []
-    flat: Any = tirx.IntImm("int64", 0)
-    for size, i in zip(shape, index, strict=True):
-        flat = flat * size + i
-    at = site.frame.at
-    sizes = {"B": site.batch, "S": site.query_length, "H": at.heads}
-    for order in _ORDERS:
-        address: Any = tirx.IntImm("int64", 0)
-        for axis in order:
-            address = address * sizes[axis] + places[axis]
-        if view.same(flat, address * dim + places["D"]):
-            return order
-    return None
-
-
-def _places(view: ElementView, site: AttentionSite, index: Sequence[Any]) -> dict[str, Any] | None:
-    """(b, s, h, e) of the product's element at ``index``."""
-    at = site.frame.at
-    zero = tirx.IntImm("int64", 0)
-    found: dict[str, Any] = {"B": zero, "S": zero, "H": zero, "D": zero}
-    shape = shape_of(site.product) or []
-    if len(site.out_index) != len(index):
-        return None
-    heads: Any = zero
-    for n, (place, i) in enumerate(zip(site.out_index, index, strict=True)):
-        if static_int(place) == 0:
-            continue
-        if site.out_element is not None and view.same(place, site.out_element):
-            found["D"] = i
-        elif view.same(place, at.s):
-            found["S"] = i
-        elif view.same(place, at.b):
-            found["B"] = i
-        elif view.same(place, at.h):
-            found["H"] = i
-        elif view.same(place, at.b * at.heads + at.h):
-            found["B"], found["H"] = tirx.floordiv(i, at.heads), tirx.floormod(i, at.heads)
-        else:
-            # One of several axes of heads, outermost first.
-            heads = heads * shape[n] + i
-            found["H"] = heads
-    return found
-
-
-# ---------------------------------------------------------------------------------------------
 # the call
 
 
@@ -285,7 +168,7 @@ def _places(view: ElementView, site: AttentionSite, index: Sequence[Any]) -> dic
 class _Call:
     site: AttentionSite
     derived: Derived
-    out: _Output
+    out: OutputView
     symbol: str
 
     @property
@@ -323,7 +206,7 @@ class _Call:
         query = q.tensor
         if q.dtype != self.out.dtype:
             query = builder.emit(relax.op.astype(query, self.out.dtype))
-        values = [_argument(builder, argument) for argument in derived.values]
+        values = [argument(builder.emit, value) for value in derived.values]
         call = relax.call_dps_packed(
             RUNTIME_FUNCTION,
             [
@@ -345,34 +228,6 @@ class _Call:
 
 def _spec(view: StridedView) -> list[Any]:
     return [view.offset, view.batch, view.head, view.token]
-
-
-def _argument(builder: relax.BlockBuilder, argument: Argument) -> Any:
-    """A parameter of the variant: a scalar, or a tensor without axes of one element."""
-    value, dtype = argument.value, argument.dtype
-    if not argument.ndim:
-        return relax.prim_value(value)
-    if argument.half:
-        value = builder.emit(_half(builder, value, argument.half))
-    elif dtype_of(value) == "int64":
-        # Positions and lengths fit 32 bits; other numbers must not wrap into their range.
-        limit = (1 << 31) - 1
-        value = builder.emit(relax.op.clip(value, -limit, limit))
-    if dtype_of(value) != dtype:
-        value = builder.emit(relax.op.astype(value, dtype))
-    shape = shape_of(value) or []
-    kept = [n for n in shape if static_int(n) != 1] or [1]
-    if len(kept) != len(shape):
-        value = builder.emit(relax.op.reshape(value, kept))
-    return value
-
-
-def _half(builder: relax.BlockBuilder, value: Any, half: str) -> Any:
-    """32 bits of an int64 tensor, as an int64 that fits an int32."""
-    if half == "high":
-        return relax.op.right_shift(value, relax.const(32, "int64"))
-    up = builder.emit(relax.op.left_shift(value, relax.const(32, "int64")))
-    return relax.op.right_shift(up, relax.const(32, "int64"))
 
 
 def _rewrite(func: relax.Function, written: dict[Any, _Call]) -> relax.Function:

@@ -9,7 +9,7 @@ The library holds ``prefill``, ``decode``, ``batch_prefill``, ``batch_decode`` a
 ``create_kv_cache`` (see PaginateAttention).  The passes are also registered as a Relax pipeline,
 to be put into one's own::
 
-    mod = relax.get_pipeline("tvm_flashinfer_llm", target=target, kernel=symbol)(mod)
+    mod = relax.get_pipeline("tvm_flashinfer_llm", target=target)(mod)
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ import relax_passes.inject  # noqa: F401  (registers its pipeline)
 from relax_passes.combine_linear import combine_parallel_linears
 from relax_passes.importer import ImportedCausalLM, import_causal_lm
 from relax_passes.paginate import PaginateAttention, PaginateError
-from relax_passes.recognize import find_sites
 from relax_passes.report import Report
-from relax_passes.targets import TargetError, kernel_cpu
+from relax_passes.targets import TargetError
 from relax_passes.targets import resolve_target as _resolve_target
+from tvm_flashinfer.jit import KernelArtifact
 
 PIPELINE_NAME = "tvm_flashinfer_llm"
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -86,10 +86,9 @@ def inspect_causal_lm(source: Any, *, dtype: str | None = None) -> Report:
     )
     report = Report()
     paginate = PaginateAttention(
-        "ours", kernel="inspect", max_seq_len=imported.sliding_window, report=report
+        "ours", strict=False, report=report, build=lambda _spec: KernelArtifact("", "", "inspect")
     )
-    with contextlib.suppress(PaginateError):
-        tvm.transform.Sequential([paginate])(imported.module)
+    tvm.transform.Sequential([paginate])(imported.module)
     return report
 
 
@@ -161,36 +160,36 @@ def compile_causal_lm(
     if chunk < 1:
         raise CompileError(f"prefill_chunk_size is {chunk}; accepted are whole numbers from 1.")
 
+    if attention == "ours" and where.kind.name not in ("llvm", "cuda"):
+        raise CompileError(
+            f"target kind is {where.kind.name!r}; attention 'ours' is built for llvm and cuda "
+            "targets."
+        )
     report = Report()
-    kernel = row_kernel = None
-    if attention == "ours":
-        say("build kernel")
-        kernel = _build_kernel(imported, where, say)
-        row_kernel = _build_row_kernel(imported, where, say)
+    row_kernel = None
     module, params = imported.module, imported.params
     if attention == "ours":
+        row_kernel = _build_row_kernel(imported, where, say)
         module, params = combine_parallel_linears(module, params)
     say("find attention")
     paginate = PaginateAttention(
         attention,
-        kernel=kernel.symbol if kernel else "",
         target=where,
         max_seq_len=length,
         prefill_chunk_size=chunk,
         max_batch=max_batch,
         report=report,
+        progress=say,
         **graph_options,
     )
     try:
         module = tvm.transform.Sequential([paginate])(module)
     except PaginateError as why:
         raise CompileError(str(why)) from None
-    if kernel is not None:
-        libraries = [tvm.runtime.load_static_library(kernel.object_path, [kernel.symbol])]
-        if row_kernel is not None:
-            names = [row_kernel.symbol, f"{row_kernel.symbol}_bias"]
-            libraries.append(tvm.runtime.load_static_library(row_kernel.object_path, names))
-        module = module.with_attr("external_mods", libraries)
+    if row_kernel is not None:
+        names = [row_kernel.symbol, f"{row_kernel.symbol}_bias"]
+        library = tvm.runtime.load_static_library(row_kernel.object_path, names)
+        module = module.with_attr("external_mods", [*module.attrs["external_mods"], library])
     say("lower")
     pipeline = (
         lower_pipeline(
@@ -216,39 +215,6 @@ def compile_causal_lm(
     )
     compiled.metadata = _metadata(imported, compiled)
     return compiled
-
-
-def _build_kernel(
-    imported: ImportedCausalLM, target: tvm.target.Target, say: Callable[[str], None]
-) -> Any:
-    """The attention kernel for the heads and dtype the graph turns out to have."""
-    from tvm_flashinfer import jit, jit_cuda
-
-    if target.kind.name not in ("llvm", "cuda"):
-        raise CompileError(
-            f"target kind is {target.kind.name!r}; attention 'ours' is built for llvm and cuda "
-            "targets."
-        )
-    heads = {
-        (site.q.head_dim, site.v.head_dim)
-        for site in find_sites(imported.module["main"])
-        if site.q is not None and site.v is not None
-    }
-    if len(heads) != 1:
-        raise CompileError(
-            f"the attentions have head sizes {sorted(heads)}; accepted is one size for all layers."
-        )
-    ((dim_qk, dim_vo),) = heads
-    try:
-        spec = jit.AttentionSpec(imported.dtype, imported.dtype, dim_qk, dim_vo, "causal")
-    except ValueError as err:
-        raise CompileError(f"no kernel for this model: {err}.") from err
-    if target.kind.name == "cuda":
-        try:
-            return jit_cuda.build_attention(spec, arch=str(target.attrs["arch"]), progress=say)
-        except ValueError as err:
-            raise CompileError(f"no CUDA kernel for this model: {err}.") from err
-    return jit.build_attention(spec, mcpu=kernel_cpu(target), progress=say)
 
 
 def _build_row_kernel(
@@ -332,12 +298,16 @@ def lower_pipeline(
     )
 
 
-def llm_pipeline(
-    *, target: tvm.target.Target | None = None, kernel: str = "", **options: Any
-) -> tvm.transform.Pass:
+def llm_pipeline(*, target: tvm.target.Target | None = None, **options: Any) -> tvm.transform.Pass:
     """``relax.get_pipeline("tvm_flashinfer_llm")``: PaginateAttention, then lowering.
 
-    ``kernel`` is the symbol of the attention kernel's factory; ``options`` are PaginateAttention's.
+    ``options`` are PaginateAttention's.  A module that has no ``main`` is lowered as it is, so that
+    passes of one's own may stand between the two::
+
+        mod = PaginateAttention(target=target, max_seq_len=4096)(mod)
+        mod = MyPass()(mod)
+        executable = tvm.compile(mod, target, relax_pipeline=relax.get_pipeline(
+            "tvm_flashinfer_llm", target=target))
     """
 
     @tvm.transform.module_pass(opt_level=0, name=PIPELINE_NAME)
@@ -345,7 +315,9 @@ def llm_pipeline(
         where = target or tvm.target.Target.current()
         if where is None:
             raise ValueError(f"the pipeline {PIPELINE_NAME!r} needs a target.")
-        paginate = [PaginateAttention("ours", kernel=kernel, **options)] if kernel else []
+        name = options.get("func", "main")
+        present = any(gvar.name_hint == name for gvar in mod.functions)
+        paginate = [PaginateAttention("ours", target=where, **options)] if present else []
         return tvm.transform.Sequential([*paginate, lower_pipeline(where)])(mod)
 
     return run

@@ -13,7 +13,6 @@ Sites that look like attention but are not proven are returned too, with the rea
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -46,7 +45,7 @@ from relax_passes.graph import (
 from relax_passes.logits import Hidden, Logits, NoScoreError, NotProvenError, loads
 from relax_passes.mask import derive_mask
 from relax_passes.naming import name_transform
-from relax_passes.operands import Operand, SiteAxes, find_operand
+from relax_passes.operands import SiteAxes
 from relax_passes.prim import mentions
 from relax_passes.views import find_view
 
@@ -135,7 +134,6 @@ def _prove_attention_op(view: ElementView, site: AttentionSite, call: relax.Call
             Hidden(Apply("less_equal", (Index(at.t), Index(at.s + last)), "bool"), False)
         )
     site.query_length, site.key_length, site.batch = seq, keys, batch
-    site.out = Operand(site.anchor, 0, 2, 1, 3, int(heads), int(dim_v))
     site.product, site.out_index = site.anchor, (at.b, at.s, at.h, e)
     site.out_element = e
     _set_logits(view, site, logits)
@@ -268,20 +266,6 @@ def _prove_in_frame(
     site.product = product.var
     site.out_index = tuple(product.order((*frame.lead, at.s, e)))
     site.out_element = e
-    heads = int(at.heads)
-    if frame.head_axis is not None or heads == 1:
-        head_axis = frame.head_axis if frame.head_axis is not None else -1
-        if head_axis >= 0:
-            rows, columns = product.order((len(shape) - 2, len(shape) - 1))
-            site.out = Operand(
-                product.var,
-                frame.batch_axis,
-                head_axis,
-                rows,
-                columns,
-                heads,
-                int(product.order(value_shape)[-1]),
-            )
     _set_logits(view, site, logits)
     site.form = _form(site, safe, len(shape_of(binding.var) or shape))
     return depth
@@ -313,13 +297,6 @@ def _set_operands(
     if found[2].factor != 1.0:
         raise NotProvenError("the values are scaled")
     site.views = found
-    with contextlib.suppress(NotProvenError):
-        axes_q, scale_q = find_operand(view, *q, at, at.s, d, grouped=False)
-        axes_k, scale_k = find_operand(view, *k, at, at.t, d, grouped=True)
-        axes_v, scale_v = find_operand(view, *v, at, at.t, e, grouped=True)
-        if scale_v == 1.0:
-            site.q, site.k, site.v = axes_q, axes_k, axes_v
-            site.axes_scale = scale_q * scale_k
     site.dtype = found[0].dtype
     return sum(operand.depth for operand in found)
 
@@ -328,7 +305,6 @@ def _set_logits(view: ElementView, site: AttentionSite, logits: Logits) -> None:
     """Name f and its mask."""
     assert site.views is not None
     at = site.frame.at
-    site.axes_scale = _round_scale(site.axes_scale * logits.scale, site.views[0].dim)
     logits.scale *= site.views[0].factor * site.views[1].factor
     site.logits = logits
     dim = site.views[0].dim

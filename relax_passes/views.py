@@ -8,6 +8,7 @@ expansion of grouped heads is left to compute.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,8 @@ class StridedView:
     """Element (b, h, t, d) lies at ``offset + b * batch + h * head + t * token + d`` of ``tensor``.
 
     ``factor`` is what the elements are multiplied with on their way to the attention; ``depth``
-    counts the operators that reading here makes superfluous.
+    counts the operators that reading here makes superfluous; ``index`` is the element's index in
+    ``tensor``, by query head, in which ``element`` stands for d.
     """
 
     tensor: Any
@@ -40,6 +42,8 @@ class StridedView:
     dim: int
     factor: float
     depth: int
+    index: tuple[Any, ...] = ()
+    element: Any = None
 
     @property
     def dtype(self) -> str:
@@ -69,9 +73,9 @@ def find_view(
     factor, depth = 1.0, 0
     while True:
         if isinstance(expr, relax.Var) and dtype_of(expr) in _BITS:
-            found = _strides(view, expr, index, at, token, dim, extent, grouped)
+            found = strides(view, shape_of(expr), index, at, token, dim, extent, grouped=grouped)
             if found is not None:
-                best = StridedView(expr, *found, extent, factor, depth)
+                best = StridedView(expr, *found, extent, factor, depth, index, dim)
         bound = graph.value.get(expr) if isinstance(expr, relax.Var) else expr
         if isinstance(bound, relax.Var):
             expr = bound
@@ -115,18 +119,21 @@ def widens(narrow: str, wide: str) -> bool:
     )
 
 
-def _strides(
+def strides(
     view: ElementView,
-    var: Any,
-    index: tuple[Any, ...],
+    shape: Sequence[Any] | None,
+    index: Sequence[Any],
     at: SiteAxes,
     token: Any,
     dim: Any,
     extent: int,
+    *,
     grouped: bool,
 ) -> tuple[Any, Any, Any, Any, int] | None:
-    """(offset, batch, head, token, heads) of the view, if it is one with contiguous elements."""
-    shape = shape_of(var)
+    """(offset, batch, head, token, heads) of the element at ``index`` of a tensor of ``shape``.
+
+    None unless its address is linear in those, and the ``extent`` elements of a head contiguous.
+    """
     if shape is None or len(shape) != len(index):
         return None
     flat: Any = tirx.IntImm("int64", 0)
@@ -149,13 +156,13 @@ def _strides(
         found = linear(view, formula, [at.b, head, token, dim])
         if found is None:
             continue
-        *strides, offset = found
+        *steps, offset = found
         if any(mentions(part, i) for part in found for i in (at.b, at.h, at.s, at.t)):
             # It depends on an index that is none of this operand's.
             continue
-        if extent > 1 and static_int(strides[3]) != 1:
+        if extent > 1 and static_int(steps[3]) != 1:
             continue
-        return offset, strides[0], strides[1], strides[2], heads // group
+        return offset, steps[0], steps[1], steps[2], heads // group
     return None
 
 

@@ -28,9 +28,12 @@ FUNCTIONS = (
     "tvm_flashinfer.kv_cache_create_mla",
     "tvm_flashinfer.kv_cache_create_rope",
     "tvm_flashinfer.kv_cache_create_split_rotary",
+    "tvm_flashinfer.kv_cache_with_layers",
+    "tvm_flashinfer.kv_cache_with_layers_rope",
     "tvm_flashinfer.kv_cache_with_sliding_layers",
     "tvm_flashinfer.kv_cache_attention",
     "tvm_flashinfer.kv_cache_attention_bhsd",
+    "tvm_flashinfer.kv_cache_attention_views",
     "tvm_flashinfer.linear",
     "tvm_flashinfer.linear_kn",
 )

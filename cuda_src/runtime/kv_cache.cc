@@ -135,7 +135,7 @@ void KVCacheObj::AllocateTwins() {
 void KVCacheObj::EnableSlidingWindowForSeq(int64_t seq_id, int32_t sliding_window_size,
                                            int32_t attn_sink_size) {
   CheckIdle("enable_sliding_window_for_seq");
-  if (sliding_ != nullptr) {  // its layers have their window; the others see whole sequences
+  if (has_windows()) {  // of some layers; the others see whole sequences
     pages_.Find(seq_id);
     return;
   }
@@ -171,7 +171,6 @@ void KVCacheObj::BeginForward(const Shape& seq_ids, const Shape& append_lengths,
 
 void KVCacheObj::PrepareStep(const Shape& seq_ids, const Shape& append_lengths,
                              const Optional<Shape>& token_tree_parent_ptr) {
-  if (kernel_->num_params > 0 && !has_variant_) variant_.Get(*kernel_);
   CheckIdle("begin_forward");
   ReadRequests(seq_ids, append_lengths);
   if (token_tree_parent_ptr.has_value()) {
@@ -188,7 +187,7 @@ void KVCacheObj::PrepareStep(const Shape& seq_ids, const Shape& append_lengths,
   PlanSends(seq_ids);
   layer_states_.assign(config_.num_layers(), LayerState{});
   runner_->Begin(layout_);
-  if (sliding_ != nullptr) sliding_->Begin(layout_);
+  for (LayerGroup& group : groups_) group.runner->Begin(layout_);
   CopyPages();  // to pages that are free until the step is committed
 }
 
@@ -237,7 +236,7 @@ void KVCacheObj::Schedule() {
         << largest << " rows, it can number at most " << INT32_MAX / 2;
   }
   runner_->Plan(&layout_);
-  if (sliding_ != nullptr) sliding_->Plan(&layout_);
+  for (LayerGroup& group : groups_) group.runner->Plan(&layout_);
 }
 
 void KVCacheObj::CopyPages() {
@@ -275,6 +274,10 @@ Tensor KVCacheObj::GetQueryPositions() {
   return runner_->Positions().CreateView({layout_.num_tokens()}, {kDLInt, 32, 1});
 }
 
-int64_t KVCacheObj::GraphKey() const { return runner_->GraphKey(); }
+int64_t KVCacheObj::GraphKey() const {
+  int64_t key = runner_->GraphKey();
+  for (const LayerGroup& group : groups_) key = key * 1000003 + group.runner->GraphKey();
+  return key;
+}
 
 }  // namespace tvm_flashinfer

@@ -66,11 +66,19 @@ class KVCacheObj : public AttentionKVCacheInterface {
   void UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values);
 
   /*!
-   * \brief Give some layers a window.
+   * \brief Give some layers a kernel, a window and a rotation of their own.
    * \param layers The layers, numbered as those of the model.
-   * \param window Tokens that a query sees, itself included.
-   * \param kernel As the cache's, of a variant whose first parameter is the tokens before a query;
-   * those of the cache's own variant follow.
+   * \param kernel As the cache's, of another variant. With a window, the first parameter is the
+   * tokens that a query sees before itself.
+   * \param window Tokens that a query sees, itself included; 0: whole sequences.
+   * \param rope Rotates these layers' new queries and keys; absent: they come as they are attended.
+   */
+  void UseLayers(const Shape& layers, KernelHandle kernel, int32_t window,
+                 std::optional<RopeConfig> rope);
+  /*!
+   * \brief Give some layers a window and nothing else of their own.
+   * \param kernel Of a variant whose first parameter is the window's; those of the cache's own
+   * variant follow.
    */
   void UseSlidingLayers(const Shape& layers, int32_t window, KernelHandle kernel);
 
@@ -122,6 +130,16 @@ class KVCacheObj : public AttentionKVCacheInterface {
    */
   void Attention(int64_t layer_id, double sm_scale, const DLTensor& q, const DLTensor& k,
                  const DLTensor& v, const DLTensor& o, bool head_major);
+  /*!
+   * \brief As Attention, of operands inside larger tensors, as a model's projections leave them.
+   * \param views Nine numbers: of q, k and v the first element, and how far heads and tokens lie
+   * apart, in elements.
+   * \param values Parameters of the layer's variant, less the window's, if it has any that the
+   * cache was not given; nothing of them is kept.
+   */
+  void AttentionViews(int64_t layer_id, double sm_scale, const Shape& views, const DLTensor& q,
+                      const DLTensor& k, const DLTensor& v, const DLTensor& o,
+                      tvm::ffi::PackedArgs values);
 
   /*!
    * \brief What a captured step depends on besides tensors: a CUDA graph captured in one step may
@@ -130,6 +148,7 @@ class KVCacheObj : public AttentionKVCacheInterface {
   int64_t GraphKey() const;
 
   // Inspection.
+  int32_t head_dim_qk() const { return config_.head_dim_qk; }
   void DebugGetKV(int64_t seq_id, int64_t start_pos, int64_t end_pos, Tensor k_data,
                   Tensor v_data) final;
   void DebugSetKV(int64_t seq_id, int64_t start_pos, Tensor k_data, Tensor v_data) final;
@@ -198,6 +217,14 @@ class KVCacheObj : public AttentionKVCacheInterface {
     bool attended_own = false;  //!< by SelfAttention
   };
 
+  /*! What the layers of a group have of their own. */
+  struct LayerGroup {
+    KernelHandle kernel;
+    std::unique_ptr<StepRunner> runner;
+    BoundVariantArgs variant;   //!< if the cache was given its variant's parameters
+    bool same_variant = false;  //!< less the window
+  };
+
   /*! Where a sequence's tokens from `begin` on go. */
   struct Send {
     int64_t begin;
@@ -243,7 +270,13 @@ class KVCacheObj : public AttentionKVCacheInterface {
                            TokenHeads o) const;
   /*! \brief As GetQueryPositions, of StepLayout::origins. */
   Tensor Origins();
+  /*! \brief The layer's group, or null: the layer has what the cache has. */
+  const LayerGroup* GroupOf(int32_t layer) const;
   StepRunner* RunnerOf(int32_t layer) const;
+  const KernelHandle& KernelOf(int32_t layer) const;
+  bool has_windows() const;
+  VisitedRange EveryElement() const;
+  void BindVariant(int32_t layer, tvm::ffi::PackedArgs values);
   bool rotates() const { return rotates_ || split_rotary_.has_value(); }
   /*! \brief Split fused `qkv`, and rotate its queries and keys, with the model's own function. */
   template <typename Queries>
@@ -316,14 +349,13 @@ class KVCacheObj : public AttentionKVCacheInterface {
   bool past_planned_ = false, own_planned_ = false, mask_planned_ = false;
   std::vector<uint8_t> mask_;  //!< that masked_layout_ was built of
   std::unique_ptr<StepRunner> runner_;
-  std::unique_ptr<StepRunner> sliding_;  //!< of layers with a window, if there are any
-  BoundVariantArgs variant_, window_variant_;
+  std::vector<LayerGroup> groups_;
+  std::vector<int32_t> group_of_;  //!< [layer] index of its group, or -1; empty: there are none
+  BoundVariantArgs variant_, call_variant_;
   bool has_variant_ = false;
-  std::optional<KernelHandle> sliding_kernel_;  //!< of `sliding_`
   //! Of attention in parts, and under a mask; made when they are asked for.
   std::unique_ptr<StepRunner> past_, own_, masked_;
-  std::vector<bool> has_window_;  //!< [layer]
-  Tensor twin_o_, twin_lse_;      //!< of steps that attend every query twice
+  Tensor twin_o_, twin_lse_;  //!< of steps that attend every query twice
   std::optional<KernelHandle> self_kernel_;
   int32_t self_kv_heads_ = 0;
 };

@@ -105,6 +105,43 @@ void KVCacheObj::Attention(int64_t layer_id, double sm_scale, const DLTensor& q,
   Attend(layer, sm_scale, q_in, out);
 }
 
+void KVCacheObj::AttentionViews(int64_t layer_id, double sm_scale, const Shape& views,
+                                const DLTensor& q, const DLTensor& k, const DLTensor& v,
+                                const DLTensor& o, tvm::ffi::PackedArgs values) {
+  const int32_t layer = CheckStep(layer_id);
+  TVM_FLASHINFER_CHECK(!split_rotary_.has_value(), NotImplementedError)
+      << "this cache rotates with the model's own function, which takes fused QKV: call "
+      << "attention_with_fused_qkv";
+  TVM_FLASHINFER_CHECK(views.size() == 9, ValueError)
+      << "argument `views` has " << views.size() << " entries, expected 9: first element, distance "
+      << "of heads and distance of tokens, of q, k and v";
+  const DLDataType type = ToDLDataType(kernel_->q_type);
+  const int64_t tokens = layout_.num_tokens();
+  const auto operand = [&](const char* name, const DLTensor& t, int64_t heads, int64_t dim,
+                           int index) -> TokenHeads {
+    CheckContiguous(name, t, type, device_);
+    const int64_t first = views[3 * index], head = views[3 * index + 1],
+                  token = views[3 * index + 2];
+    int64_t elements = 1;
+    for (int i = 0; i < t.ndim; ++i) elements *= t.shape[i];
+    const int64_t last = first + (heads - 1) * head + (tokens - 1) * token + dim;
+    TVM_FLASHINFER_CHECK(first >= 0 && head >= 0 && token >= 0 && (tokens == 0 || last <= elements),
+                         ValueError)
+        << "argument `" << name << "` of shape " << ShapeString(t) << " has " << elements
+        << " elements, its view of " << tokens << " tokens and " << heads << " heads ends at "
+        << last;
+    return {static_cast<char*>(DataOf(t)) + first * (type.bits / 8), token, head};
+  };
+  TokenHeads q_in = operand("q", q, config_.num_qo_heads, config_.head_dim_qk, 0);
+  const TokenHeads k_in = operand("k", k, config_.num_kv_heads, config_.head_dim_qk, 1);
+  const TokenHeads v_in = operand("v", v, config_.num_kv_heads, config_.head_dim_vo, 2);
+  CheckTensor("o", o, type, device_, {tokens, config_.num_qo_heads, config_.head_dim_vo});
+  if (values.size() > 0) BindVariant(layer, values);
+  const int64_t vo = config_.head_dim_vo;
+  Append(layer, &q_in, k_in, v_in);
+  Attend(layer, sm_scale, q_in, {DataOf(o), config_.num_qo_heads * vo, vo});
+}
+
 void KVCacheObj::AttentionWithSharedKV(int64_t source_layer_id, Tensor q_data,
                                        Tensor current_k_data, Tensor current_v_data, Tensor o_data,
                                        double sm_scale) {
@@ -144,13 +181,11 @@ tvm::ffi::Array<Tensor> KVCacheObj::MergeAttnOutputInplace(Tensor o_self_attn, T
 }
 
 void KVCacheObj::Append(int32_t layer, TokenHeads* q, TokenHeads k, TokenHeads v) {
-  runner_->Append({layers_[layer].k, layers_[layer].v, k_strides_, v_strides_}, q, k, v);
+  StepRunner* runner = RunnerOf(layer);
+  if (!runner->has_variant()) call_variant_.Get(*KernelOf(layer));  // throws: none is bound
+  runner->Append({layers_[layer].k, layers_[layer].v, k_strides_, v_strides_}, q, k, v);
   layer_states_[layer].stored = true;
   if (!step_sends_.empty()) SendStored(layer);
-}
-
-StepRunner* KVCacheObj::RunnerOf(int32_t layer) const {
-  return sliding_ != nullptr && has_window_[layer] ? sliding_.get() : runner_.get();
 }
 
 AttentionParams KVCacheObj::Operands(int32_t layer, const StepLayout& layout, double sm_scale,

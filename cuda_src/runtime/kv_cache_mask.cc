@@ -15,7 +15,7 @@ namespace tvm_flashinfer {
 void KVCacheObj::PlanMask(int32_t layer, const Tensor& mask) {
   TVM_FLASHINFER_CHECK(!has_variant_, ValueError)
       << "argument `mask`: this cache has a variant, which brings its own mask";
-  TVM_FLASHINFER_CHECK(sliding_ == nullptr || !has_window_[layer], ValueError)
+  TVM_FLASHINFER_CHECK(GroupOf(layer) == nullptr, ValueError)
       << "argument `mask`: layer " << layer + config_.layer_begin << " has a window, which a mask "
       << "takes the place of";
   TVM_FLASHINFER_CHECK(!layout_.splits(), ValueError)

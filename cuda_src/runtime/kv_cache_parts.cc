@@ -11,71 +11,6 @@
 
 namespace tvm_flashinfer {
 
-void KVCacheObj::UseSlidingLayers(const Shape& layers, int32_t window, KernelHandle kernel) {
-  TVM_FLASHINFER_CHECK(device_.device_type == kDLCPU, NotImplementedError)
-      << "layers with a window of their own are served on the CPU, this cache is on device type "
-      << static_cast<int>(device_.device_type);
-  TVM_FLASHINFER_CHECK(!config_.sliding_window, ValueError)
-      << "support_sliding_window is 1 in a cache some of whose layers have a window of their own: "
-      << "the others need whole sequences";
-  TVM_FLASHINFER_CHECK(window > 0, ValueError) << "window is " << window << ", expected at least 1";
-  TVM_FLASHINFER_CHECK(kernel->num_params == kernel_->num_params + 1 &&
-                           kernel->params[0].type == VariantType::kInt32 &&
-                           kernel->params[0].num_dims == 0 && kernel->q_type == kernel_->q_type &&
-                           kernel->kv_type == kernel_->kv_type &&
-                           kernel->head_dim_qk == kernel_->head_dim_qk &&
-                           kernel->head_dim_vo == kernel_->head_dim_vo,
-                       ValueError)
-      << "argument `kernel` was not compiled for this cache's dtypes and head sizes, and a variant "
-      << "whose first parameter is the tokens that a query sees before itself, and whose others "
-      << "are those of the cache's own";
-  has_window_.assign(config_.num_layers(), false);
-  for (const int64_t layer : layers) {
-    if (layer < config_.layer_begin || layer >= config_.layer_end) continue;  // another stage's
-    has_window_[layer - config_.layer_begin] = true;
-  }
-  KernelHandle sliding_kernel = kernel;
-  sliding_ = StepRunner::Make(config_, std::move(kernel), device_, std::nullopt);
-  sliding_->UseWindow(window);
-  sliding_kernel_ = std::move(sliding_kernel);
-}
-
-void KVCacheObj::UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values) {
-  TVM_FLASHINFER_CHECK(kernel_->causal != 0, ValueError)
-      << "argument `kernel` has a variant that isn't proven to hide the keys after a query: a step "
-      << "of a cache sees none";
-  TVM_FLASHINFER_CHECK(!config_.mla, NotImplementedError)
-      << "a variant in a cache of latent attention";
-  TVM_FLASHINFER_CHECK(
-      !config_.sliding_window || !(rope_config_.has_value() || split_rotary_.has_value()),
-      NotImplementedError)
-      << "a variant in a cache that rotates keys and slides windows: a query is attended in two "
-      << "parts there, whose states a variant may not allow to merge";
-  VisitedRange range{};
-  range.elements = {{0, config_.max_batch - 1},
-                    {0, config_.max_total_seq_len - 1},
-                    {0, config_.max_total_seq_len - 1},
-                    {0, config_.num_qo_heads - 1},
-                    {0, config_.num_kv_heads - 1}};
-  range.q_rows = {0, config_.max_q_tokens() - 1};
-  range.kv_slots = Interval::Any();  // places in the pool are the cache's own matter
-  BoundVariantArgs bound, window_bound;
-  bound.Bind(*kernel_, values);
-  const VariantArgs args = *bound.Get(*kernel_, range, -1);
-  range.stores = true;
-  if (kernel_->stores != 0) bound.Get(*kernel_, range, -1);
-  if (sliding_ != nullptr) {
-    tvm::ffi::Array<tvm::ffi::Any> all{static_cast<int64_t>(sliding_->window() - 1)};
-    for (const tvm::ffi::Any& value : values) all.push_back(value);
-    window_bound.Bind(**sliding_kernel_, all);
-    sliding_->UseVariant(*window_bound.Get(**sliding_kernel_));
-  }
-  runner_->UseVariant(args);
-  variant_ = bound;
-  window_variant_ = window_bound;
-  has_variant_ = true;
-}
-
 void KVCacheObj::UseSelfKernel(int32_t num_kv_heads, KernelHandle kernel) {
   TVM_FLASHINFER_CHECK(num_kv_heads > 0 && config_.num_qo_heads % num_kv_heads == 0, ValueError)
       << "num_qo_heads " << config_.num_qo_heads << " is not a multiple of num_kv_heads "
@@ -101,6 +36,9 @@ void KVCacheObj::SelfAttention(int64_t layer_id, Tensor q_data, Tensor k_data, T
                                Tensor o_data, Tensor lse_data, double sm_scale) {
   const int32_t layer = CheckStep(layer_id);
   CheckParts("self_attention");
+  TVM_FLASHINFER_CHECK(GroupOf(layer) == nullptr || RunnerOf(layer)->window() > 0,
+                       NotImplementedError)
+      << "self_attention in layer " << layer_id << ", which has a kernel of its own";
   const KernelHandle& kernel = self_kernel_.has_value() ? *self_kernel_ : kernel_;
   TVM_FLASHINFER_CHECK(!config_.mla || self_kernel_.has_value(), ValueError)
       << "self_attention: this cache of latent attention was made without a kernel for it";
@@ -154,8 +92,8 @@ void KVCacheObj::CrossAttention(int64_t layer_id, Tensor q_data, Tensor o_data, 
                                 double sm_scale) {
   const int32_t layer = CheckStep(layer_id);
   CheckParts("cross_attention");
-  TVM_FLASHINFER_CHECK(sliding_ == nullptr || !has_window_[layer], NotImplementedError)
-      << "cross_attention in layer " << layer_id << ", which has a window of its own";
+  TVM_FLASHINFER_CHECK(GroupOf(layer) == nullptr, NotImplementedError)
+      << "cross_attention in layer " << layer_id << ", which has a window or a kernel of its own";
   const DLDataType type = ToDLDataType(kernel_->q_type);
   const int64_t tokens = layout_.num_tokens(), heads = config_.num_qo_heads;
   const int64_t qk = config_.head_dim_qk, vo = config_.head_dim_vo;

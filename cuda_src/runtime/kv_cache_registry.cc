@@ -108,6 +108,21 @@ AttentionKVCache CreateKVCache(Shape bounds, Shape layers, Shape heads, Function
       Creation(bounds, layers, heads, std::move(kernel), std::move(init)).Make());
 }
 
+RopeConfig ReadRope(const Tensor& frequencies, double magnitude, bool interleaved,
+                    int64_t head_dim) {
+  CheckTensor("frequencies", *frequencies.operator->(), {kDLFloat, 32, 1}, {kDLCPU, 0}, {-1});
+  RopeConfig rope;
+  const int64_t pairs = frequencies->shape[frequencies->ndim - 1];
+  TVM_FLASHINFER_CHECK(2 * pairs <= head_dim, ValueError)
+      << "argument `frequencies` has " << pairs << " entries, one for each pair of at most "
+      << head_dim << " elements of a head";
+  const auto* data = static_cast<const float*>(DataOf(*frequencies.operator->()));
+  rope.frequencies.assign(data, data + pairs);
+  rope.magnitude = static_cast<float>(magnitude);
+  rope.interleaved = interleaved;
+  return rope;
+}
+
 /*! \brief A slid window's sink needs queries of another rotation, which only the CPU has. */
 void CheckWindowOfRotated(const Creation& creation) {
   TVM_FLASHINFER_CHECK(!creation.config.sliding_window || !creation.kernel.is_cuda(),
@@ -121,17 +136,8 @@ AttentionKVCache CreateKVCacheRope(Shape bounds, Shape layers, Shape heads, Func
                                    bool interleaved) {
   const Creation creation(bounds, layers, heads, std::move(kernel), std::move(init));
   CheckWindowOfRotated(creation);
-  CheckTensor("frequencies", *frequencies.operator->(), {kDLFloat, 32, 1}, {kDLCPU, 0}, {-1});
-  RopeConfig rope;
-  const int64_t pairs = frequencies->shape[frequencies->ndim - 1];
-  TVM_FLASHINFER_CHECK(2 * pairs <= creation.config.head_dim_qk, ValueError)
-      << "argument `frequencies` has " << pairs << " entries, one for each pair of at most "
-      << creation.config.head_dim_qk << " elements of a head";
-  const auto* data = static_cast<const float*>(DataOf(*frequencies.operator->()));
-  rope.frequencies.assign(data, data + pairs);
-  rope.magnitude = static_cast<float>(magnitude);
-  rope.interleaved = interleaved;
-  return AttentionKVCache(creation.Make(std::move(rope)));
+  return AttentionKVCache(
+      creation.Make(ReadRope(frequencies, magnitude, interleaved, creation.config.head_dim_qk)));
 }
 
 AttentionKVCache CreateKVCacheSplitRotary(Shape bounds, Shape layers, Shape heads, Function kernel,
@@ -163,11 +169,15 @@ AttentionKVCache CreateKVCacheMLA(Shape bounds, Shape layers, Shape heads, Funct
   return AttentionKVCache(std::move(cache));
 }
 
+void CheckWindow(int64_t window) {
+  TVM_FLASHINFER_CHECK(window <= INT32_MAX, ValueError)
+      << "window is " << window << ", it must be less than 2^31";
+}
+
 /*! \brief Give layers of a fresh cache a window; returns the cache. */
 AttentionKVCache WithSlidingLayers(AttentionKVCache cache, Shape layers, int64_t window,
                                    Function kernel) {
-  TVM_FLASHINFER_CHECK(window <= INT32_MAX, ValueError)
-      << "window is " << window << ", it must lie in [1, 2^31)";
+  CheckWindow(window);
   Ours(cache)->UseSlidingLayers(layers, static_cast<int32_t>(window),
                                 KernelHandle(std::move(kernel)));
   return cache;
@@ -176,6 +186,28 @@ AttentionKVCache WithSlidingLayers(AttentionKVCache cache, Shape layers, int64_t
 /*! \brief RoPE of a fresh cache is inline (TVM's RopeMode); returns the cache. */
 AttentionKVCache WithInlineRope(AttentionKVCache cache) {
   Ours(cache)->UseInlineRope();
+  return cache;
+}
+
+/*!
+ * \brief Give layers of a fresh cache a kernel of their own, and a window unless that is 0; returns
+ * the cache. Their queries and keys are not rotated.
+ */
+AttentionKVCache WithLayers(AttentionKVCache cache, Shape layers, Function kernel, int64_t window) {
+  CheckWindow(window);
+  Ours(cache)->UseLayers(layers, KernelHandle(std::move(kernel)), static_cast<int32_t>(window),
+                         std::nullopt);
+  return cache;
+}
+
+/*! \brief The same of layers whose queries and keys are rotated. */
+AttentionKVCache WithLayersRope(AttentionKVCache cache, Shape layers, Function kernel,
+                                int64_t window, Tensor frequencies, double magnitude,
+                                bool interleaved) {
+  CheckWindow(window);
+  KVCacheObj* ours = Ours(cache);
+  ours->UseLayers(layers, KernelHandle(std::move(kernel)), static_cast<int32_t>(window),
+                  ReadRope(frequencies, magnitude, interleaved, ours->head_dim_qk()));
   return cache;
 }
 
@@ -205,6 +237,24 @@ void AttentionWithMask(AttentionKVCache cache, int64_t layer_id, double sm_scale
 }
 
 /*!
+ * \brief (cache, layer_id, sm_scale, views, q, k, v, parameters of the variant..., o): see
+ * KVCacheObj::AttentionViews.
+ */
+void KVCacheAttentionViews(tvm::ffi::PackedArgs args, tvm::ffi::Any*) {
+  constexpr int kFixed = 7;
+  TVM_FLASHINFER_CHECK(args.size() > kFixed, ValueError)
+      << "kv_cache_attention_views was called with " << args.size() << " arguments, expected "
+      << kFixed + 1 << " and the parameters of the variant before the last";
+  const int last = args.size() - 1;
+  const auto tensor = [&](int i) { return args[i].cast<Tensor>(); };
+  const Tensor q = tensor(4), k = tensor(5), v = tensor(6), o = tensor(last);
+  Ours(args[0].cast<AttentionKVCache>())
+      ->AttentionViews(args[1].cast<int64_t>(), args[2].cast<double>(), args[3].cast<Shape>(),
+                       *q.operator->(), *k.operator->(), *v.operator->(), *o.operator->(),
+                       args.Slice(kFixed, last));
+}
+
+/*!
  * \brief As vm.builtin.attention_kv_cache_get_query_positions, which Relax's graph capture excludes
  * by its name.
  */
@@ -228,11 +278,14 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("tvm_flashinfer.kv_cache_create_mla", CreateKVCacheMLA)
       .def("tvm_flashinfer.kv_cache_with_sliding_layers", WithSlidingLayers)
       .def("tvm_flashinfer.kv_cache_with_inline_rope", WithInlineRope)
+      .def("tvm_flashinfer.kv_cache_with_layers", WithLayers)
+      .def("tvm_flashinfer.kv_cache_with_layers_rope", WithLayersRope)
       .def("tvm_flashinfer.kv_cache_use_transfer", UseTransfer)
       .def("tvm_flashinfer.kv_cache_with_variant", WithVariant)
       .def("tvm_flashinfer.kv_cache_attention", KVCacheAttention<false>)
       .def("tvm_flashinfer.kv_cache_attention_bhsd", KVCacheAttention<true>)
       .def("tvm_flashinfer.kv_cache_attention_with_mask", AttentionWithMask)
+      .def_packed("tvm_flashinfer.kv_cache_attention_views", KVCacheAttentionViews)
       .def("tvm_flashinfer.kv_cache_query_positions", QueryPositions)
       .def("tvm_flashinfer.kv_cache_graph_key", GraphKey)
       .def("tvm_flashinfer.kv_cache_debug_set_kv", DebugSetKV)

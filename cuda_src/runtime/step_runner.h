@@ -52,9 +52,15 @@ class StepRunner {
   void UseWindow(int32_t window) {
     window_ = window;
     variant_args_.arg[0].i = window - 1;
+    has_variant_ = kernel_->num_params == 1;
   }
   /*! \brief Parameters of the kernel's variant; what they point at outlives the runner. */
-  void UseVariant(const VariantArgs& args) { variant_args_ = args; }
+  void UseVariant(const VariantArgs& args) {
+    variant_args_ = args;
+    has_variant_ = true;
+  }
+  /*! \brief Whether the kernel's variant has the parameters that it declares. */
+  bool has_variant() const { return has_variant_ || kernel_->num_params == 0; }
   int32_t window() const { return window_; }
   /*! \brief Parameters of the kernel's variant. */
   const VariantArgs* variant_args() const { return &variant_args_; }
@@ -109,6 +115,7 @@ class StepRunner {
   KernelHandle kernel_;
   int32_t window_ = 0;
   VariantArgs variant_args_{};
+  bool has_variant_ = false;
 };
 
 }  // namespace tvm_flashinfer

@@ -50,14 +50,11 @@ inline std::string ShapeString(const DLTensor& t) {
 inline void* DataOf(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
 
 /*!
- * \brief Check an argument's dtype, device, layout and shape; -1 in `shape` accepts any extent.
- *
- * Leading extents of 1 beyond the expected rank are accepted: models keep a batch axis of 1.
+ * \brief Check an argument's dtype and device, and that it is contiguous.
  * \param name The argument, as the caller knows it.
  */
-template <typename Extents = std::initializer_list<int64_t>>
-void CheckTensor(const char* name, const DLTensor& t, DLDataType dtype, DLDevice device,
-                 const Extents& shape) {
+inline void CheckContiguous(const char* name, const DLTensor& t, DLDataType dtype,
+                            DLDevice device) {
   using tvm::ffi::DLDataTypeToString;
   TVM_FLASHINFER_CHECK(t.dtype == dtype, TypeError)
       << "argument `" << name << "` has dtype " << DLDataTypeToString(t.dtype) << ", expected "
@@ -70,6 +67,17 @@ void CheckTensor(const char* name, const DLTensor& t, DLDataType dtype, DLDevice
       << ", " << device.device_id << ")";
   TVM_FLASHINFER_CHECK(tvm::ffi::IsContiguous(t), ValueError)
       << "argument `" << name << "` of shape " << ShapeString(t) << " is not contiguous";
+}
+
+/*!
+ * \brief The same and its shape; -1 in `shape` accepts any extent.
+ *
+ * Leading extents of 1 beyond the expected rank are accepted: models keep a batch axis of 1.
+ */
+template <typename Extents = std::initializer_list<int64_t>>
+void CheckTensor(const char* name, const DLTensor& t, DLDataType dtype, DLDevice device,
+                 const Extents& shape) {
+  CheckContiguous(name, t, dtype, device);
   const int rank = static_cast<int>(shape.size());
   const int extra = t.ndim - rank;
   bool ok = extra >= 0;

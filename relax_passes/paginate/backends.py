@@ -1,12 +1,12 @@
-"""What a paginated attention site and the KV cache are in the compiled module.
+"""What a paginated attention and the KV cache are in the compiled module.
 
 Two backends with one interface: ``Ours`` calls tvm_flashinfer's packed functions, ``Tir`` builds
-TVM's own ``TIRPagedKVCache`` and serves as the baseline.  Queries and keys reach both with RoPE
-applied, so the caches are created without a rope mode.
+TVM's own ``TIRPagedKVCache`` and serves as the baseline.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,11 +14,13 @@ import tvm
 from tvm import relax
 
 from relax_passes.paginate.emitter import Emitter
+from relax_passes.paginate.layers import Group, Layer, Rows
+from relax_passes.paginate.tokenwise import PaginateError
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What all sites of a model must agree on to share one KV cache."""
+    """What all layers of a model must agree on to share one KV cache."""
 
     layers: int
     num_qo_heads: int
@@ -33,9 +35,9 @@ class Backend(Protocol):
     query_positions: str
 
     def attention(
-        self, emit: Emitter, cache: Any, layer: int, scale: float, q: Any, k: Any, v: Any
+        self, emit: Emitter, cache: Any, layer: Layer, q: Any, k: Any, v: Any, values: list[Any]
     ) -> Any:
-        """q [n, Hq, D], k [n, Hkv, D], v [n, Hkv, Dv] -> o [n, Hq, Dv]."""
+        """o [tokens, Hq, Dv] of q, k and v [tokens, row]; ``values`` are the variant's."""
 
     def create(self, builder: relax.BlockBuilder, sizes: list[Any], shape: CacheShape) -> Any:
         """The expression that makes the cache; ``sizes`` are max_batch_size, max_total_seq_len,
@@ -43,38 +45,72 @@ class Backend(Protocol):
 
 
 class Ours:
-    """tvm_flashinfer's KV cache and kernels; ``kernel`` names the attention kernel's factory."""
+    """tvm_flashinfer's KV cache and kernels.
+
+    Parameters
+    ----------
+    layers
+        The layers of the model.
+    symbol
+        The kernel of a group: the symbol of its factory function.
+    """
 
     # Not TVM's: graph capture excludes vm.builtin functions by their names.
     query_positions = "tvm_flashinfer.kv_cache_query_positions"
 
-    def __init__(self, kernel: str) -> None:
-        self.kernel = kernel
+    def __init__(self, layers: Sequence[Layer], symbol: Callable[[Group], str]) -> None:
+        self.symbol = symbol
+        self.members: dict[Group, list[int]] = {}
+        for layer in layers:
+            self.members.setdefault(layer.group, []).append(layer.number)
 
     def attention(
-        self, emit: Emitter, cache: Any, layer: int, scale: float, q: Any, k: Any, v: Any
+        self, emit: Emitter, cache: Any, layer: Layer, q: Any, k: Any, v: Any, values: list[Any]
     ) -> Any:
-        tokens, heads, _ = q.ty.shape
+        views = [n for r in (layer.q, layer.k, layer.v) for n in (r.offset, r.head, r.size)]
         return emit.emit(
             relax.call_dps_packed(
-                "tvm_flashinfer.kv_cache_attention",
-                [cache, relax.prim_value(layer), _float(scale), q, k, v],
-                out_ty=relax.TensorType((tokens, heads, v.ty.shape[2]), q.ty.dtype),
+                "tvm_flashinfer.kv_cache_attention_views",
+                [
+                    cache,
+                    relax.prim_value(layer.number),
+                    _float(layer.scale),
+                    relax.ShapeExpr(views),
+                    q,
+                    k,
+                    v,
+                    *values,
+                ],
+                out_ty=relax.TensorType((q.ty.shape[0], layer.q.heads, layer.v.dim), q.ty.dtype),
             )
         )
 
     def create(self, builder: relax.BlockBuilder, sizes: list[Any], shape: CacheShape) -> Any:
-        return relax.call_pure_packed(
+        # The cache itself is made for a group without a window, if there is one.
+        base = min(self.members, key=lambda group: group.window > 0)
+        cache = relax.call_pure_packed(
             "tvm_flashinfer.kv_cache_create",
             relax.ShapeExpr(sizes),
             relax.ShapeExpr([0, shape.layers]),
             relax.ShapeExpr(
                 [shape.num_qo_heads, shape.num_kv_heads, shape.head_dim_qk, shape.head_dim_vo]
             ),
-            relax.ExternFunc(self.kernel),
+            relax.ExternFunc(self.symbol(base)),
             relax.op.zeros((), shape.dtype),
             ty_args=relax.AnyType(),
         )
+        for group, layers in self.members.items():
+            if group is base and not group.window:
+                continue
+            cache = relax.call_pure_packed(
+                "tvm_flashinfer.kv_cache_with_layers",
+                builder.emit(cache),
+                relax.ShapeExpr(layers),
+                relax.ExternFunc(self.symbol(group)),
+                relax.prim_value(group.window),
+                ty_args=relax.AnyType(),
+            )
+        return cache
 
 
 class Tir:
@@ -82,25 +118,37 @@ class Tir:
 
     query_positions = "vm.builtin.attention_kv_cache_get_query_positions"
 
-    def __init__(self, target: tvm.target.Target) -> None:
+    def __init__(self, layers: Sequence[Layer], target: tvm.target.Target) -> None:
         self.target = target
+        for layer in layers:
+            if layer.group.variant != "causal":
+                raise PaginateError(
+                    f"attention {layer.number} ({layer.site.name!r}) is of variant "
+                    f"{layer.site.variant} with mask {layer.site.mask.describe()}; TVM's cache has "
+                    "plain causal softmax only."
+                )
 
     def attention(
-        self, emit: Emitter, cache: Any, layer: int, scale: float, q: Any, k: Any, v: Any
+        self, emit: Emitter, cache: Any, layer: Layer, q: Any, k: Any, v: Any, values: list[Any]
     ) -> Any:
-        qkv = emit.emit(relax.op.concat([q, k, v], axis=1))
-        tokens, heads, dim = q.ty.shape
+        parts = [_heads(emit, x, r) for x, r in ((q, layer.q), (k, layer.k), (v, layer.v))]
+        qkv = emit.emit(relax.op.concat(parts, axis=1))
         return emit.emit(
             relax.call_dps_packed(
                 "vm.builtin.attention_kv_cache_attention_with_fused_qkv",
-                [cache, relax.prim_value(layer), _float(scale), qkv],
-                out_ty=relax.TensorType((tokens, heads, dim), q.ty.dtype),
+                [cache, relax.prim_value(layer.number), _float(layer.scale), qkv],
+                out_ty=relax.TensorType((q.ty.shape[0], layer.q.heads, layer.v.dim), q.ty.dtype),
             )
         )
 
     def create(self, builder: relax.BlockBuilder, sizes: list[Any], shape: CacheShape) -> Any:
         from tvm.relax.frontend.nn.llm.kv_cache import RopeMode, TIRPagedKVCache
 
+        if shape.head_dim_qk != shape.head_dim_vo:
+            raise PaginateError(
+                f"the TIR backend has one head size for keys and values, not {shape.head_dim_qk} "
+                f"and {shape.head_dim_vo}."
+            )
         cache = TIRPagedKVCache(
             "mha",
             *sizes,
@@ -123,6 +171,30 @@ class Tir:
             target=self.target,
         )
         return cache._expr
+
+
+def _heads(emit: Emitter, x: Any, rows: Rows) -> Any:
+    """[tokens, heads, dim], copied out of rows."""
+    tokens = x.ty.shape[0]
+    width = rows.heads * rows.dim
+    if rows.head == rows.dim:
+        if rows.offset or width != rows.size:
+            end = rows.offset + width
+            x = emit.emit(relax.op.strided_slice(x, [1], [rows.offset], [end], assume_inbound=True))
+        return emit.reshape(x, [tokens, rows.heads, rows.dim])
+    first, inside = divmod(rows.offset, rows.head)
+    if rows.size % rows.head or inside + rows.dim > rows.head:
+        raise PaginateError("heads overlap in the rows that TVM's cache would be given.")
+    x = emit.reshape(x, [tokens, rows.size // rows.head, rows.head])
+    return emit.emit(
+        relax.op.strided_slice(
+            x,
+            [1, 2],
+            [first, inside],
+            [first + rows.heads, inside + rows.dim],
+            assume_inbound=True,
+        )
+    )
 
 
 def _float(value: float) -> Any:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tvm
 from tvm import relax
 
-from relax_passes.attention_site import AttentionSite
+from relax_passes.derive import argument
 from relax_passes.graph import dtype_of, op_name, shape_of, static_int
-from relax_passes.operands import Operand
 from relax_passes.paginate.backends import Backend
 from relax_passes.paginate.emitter import Emitter
-from relax_passes.paginate.tokenwise import PaginateError, TokenAxes
+from relax_passes.paginate.layers import Layer, Rows
+from relax_passes.paginate.tokenwise import PaginateError, TokenAxes, variables
 
 
 @dataclass(frozen=True)
@@ -61,30 +61,22 @@ class FunctionWriter:
     def __init__(
         self,
         axes: TokenAxes,
-        sites: Sequence[AttentionSite],
+        layers: Sequence[Layer],
         backend: Backend,
         token_input: Any,
-        position_inputs: Sequence[Any],
-        one_inputs: Sequence[Any],
         weights: Sequence[Any],
     ) -> None:
         self.axes = axes
         self.graph = axes.graph
-        self.layer_of = {site.out.tensor: n for n, site in enumerate(sites) if site.out}
-        self.sites = sites
         self.backend = backend
         self.token_input = token_input
-        self.position_inputs = list(position_inputs)
-        self.one_inputs = list(one_inputs)
         self.weights = list(weights)
-        self.late = self._after_last_site()
+        self.late = self._after(layers[-1])
         self.result = self._result()
 
-    def _after_last_site(self) -> set[Any]:
+    def _after(self, last: Layer) -> set[Any]:
         """The values that depend on the last attention."""
-        if not self.sites or self.sites[-1].out is None:
-            raise PaginateError("the function has no attention.")
-        late = {self.sites[-1].out.tensor}
+        late = {last.out.var}
         for var in self.axes.order:
             if any(v in late for v in _direct(self.axes, var)):
                 late.add(var)
@@ -136,13 +128,9 @@ class FunctionWriter:
 
 
 def _direct(axes: TokenAxes, var: Any) -> list[Any]:
-    """The variables a needed variable is computed from, a site counting as one operator."""
-    from relax_passes.paginate.tokenwise import _variables
-
-    site = axes.site_of.get(var)
-    if site is not None:
-        return [o.tensor for o in (site.q, site.k, site.v) if o is not None]
-    return _variables(axes.graph.value[var])
+    """The variables a needed variable is computed from, a layer counting as one operator."""
+    layer = axes.layer_of.get(var)
+    return layer.reads if layer is not None else variables(axes.graph.value[var])
 
 
 class _Body:
@@ -169,13 +157,6 @@ class _Body:
         flat = emit.reshape(inputs[0], [1, signature.tokens])
         self.env[token] = emit.astype(flat, dtype_of(token))
         self._positions: Any = None
-        for var in writer.position_inputs:
-            shape = [self._dim(d, signature.tokens) for d in shape_of(var) or []]
-            positions = emit.reshape(self.positions(), shape)
-            self.env[var] = emit.astype(positions, dtype_of(var))
-        for var in writer.one_inputs:
-            shape = [self._dim(d, signature.tokens) for d in shape_of(var) or []]
-            self.env[var] = emit.emit(relax.op.ones(shape, dtype_of(var)))
         for var in writer.axes.order:
             self.env[var] = self._emit(var)
 
@@ -216,16 +197,17 @@ class _Body:
 
     def _emit(self, var: Any) -> Any:
         axes = self.writer.axes
-        site = axes.site_of.get(var)
-        if site is not None:
-            return self._site(site, self.writer.layer_of[var], late=var in self.writer.late)
+        layer = axes.layer_of.get(var)
+        if layer is not None:
+            return self._layer(layer, late=var in self.writer.late)
         if var in axes.positions:
-            # An arange over the tokens numbers them: the cache knows where they really stand.
+            # The tokens are numbered: the cache knows where they really stand.
+            shape = [self._dim(d, self.signature.tokens) for d in shape_of(var) or []]
             numbers = self.emit.astype(self.positions(), dtype_of(var))
             offset = axes.positions[var]
             if offset:
                 numbers = self.emit.emit(relax.op.add(numbers, relax.const(offset, dtype_of(var))))
-            return numbers
+            return self.emit.reshape(numbers, shape)
         late = var in self.writer.late
         count = self.signature.rows if late else self.signature.tokens
         return self.emit.emit(self._copy(axes.graph.value[var], late, count))
@@ -267,30 +249,24 @@ class _Body:
             return count
         raise PaginateError(f"the graph computes with the sequence length ({dim}).")
 
-    def _site(self, site: AttentionSite, layer: int, *, late: bool) -> Any:
-        assert site.q and site.k and site.v and site.out
-        q, k, v = (self._token_major(o) for o in (site.q, site.k, site.v))
-        out = self.writer.backend.attention(
-            self.emit, self.cache, layer, float(site.axes_scale), q, k, v
-        )
+    def _layer(self, layer: Layer, *, late: bool) -> Any:
+        q, k, v = (self._rows(rows) for rows in (layer.q, layer.k, layer.v))
+        values = [
+            argument(self.emit.emit, replace(v, value=self.env.get(v.value, v.value)))
+            for v in layer.values
+        ]
+        out = self.writer.backend.attention(self.emit, self.cache, layer, q, k, v, values)
         tokens = self.signature.tokens
         if late:
             out, tokens = self._pick(out, 0), self.signature.rows
-        return self._from_token_major(out, site.out, tokens)
+        if layer.out.order == "BHS":
+            out = self.emit.permute(out, [1, 0, 2])
+        shape = [self._dim(d, tokens) for d in shape_of(layer.out.var) or []]
+        return self.emit.astype(self.emit.reshape(out, shape), layer.out.dtype)
 
-    def _token_major(self, operand: Operand) -> Any:
-        """[tokens, heads, elements], whatever order the graph has the axes in."""
-        x = self.env[operand.tensor]
-        lead = [operand.token, operand.head, operand.dim]
-        rest = [n for n in range(len(shape_of(operand.tensor) or ())) if n not in lead]
-        x = self.emit.permute(x, [*rest, *lead])
-        return self.emit.reshape(x, [self.signature.tokens, operand.heads, operand.head_dim])
-
-    def _from_token_major(self, x: Any, out: Operand, tokens: Any) -> Any:
-        rank = len(shape_of(out.tensor) or ())
-        lead = [out.token, out.head, out.dim]
-        order = [*(n for n in range(rank) if n not in lead), *lead]
-        x = self.emit.reshape(x, [1] * (rank - 3) + [tokens, out.heads, out.head_dim])
-        x = self.emit.permute(x, [order.index(n) for n in range(rank)])
-        dtype = dtype_of(out.tensor)
-        return self.emit.astype(x, dtype)
+    def _rows(self, rows: Rows) -> Any:
+        """[tokens, row], whatever axes the graph has before the tokens."""
+        x = self.env[rows.tensor]
+        rank = len(shape_of(rows.tensor) or ())
+        x = self.emit.permute(x, [rows.axis, *(n for n in range(rank) if n != rows.axis)])
+        return self.emit.reshape(x, [self.signature.tokens, rows.size])

@@ -10,14 +10,20 @@ refused by its name.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tvm
 import tvm_ffi
 from tvm import relax
 
-from relax_passes.attention_site import AttentionSite
-from relax_passes.elements import ELEMENTWISE_BINARY, ELEMENTWISE_UNARY, reshape_groups
+from relax_passes.elements import (
+    ELEMENTWISE_BINARY,
+    ELEMENTWISE_UNARY,
+    Apply,
+    Const,
+    ElementView,
+    reshape_groups,
+)
 from relax_passes.graph import (
     Graph,
     axis_of,
@@ -30,6 +36,9 @@ from relax_passes.graph import (
     static_int,
 )
 
+if TYPE_CHECKING:
+    from relax_passes.paginate.layers import Layer
+
 
 @tvm_ffi.register_error("PaginateError")
 class PaginateError(ValueError):
@@ -40,25 +49,27 @@ class PaginateError(ValueError):
 
 
 class TokenAxes:
-    """The token axis of every value the result needs, attention sites being cut out.
+    """The token axis of every value the result needs, attentions being cut out.
 
     Attributes
     ----------
-    order : the variables to compute, in program order; a site stands for everything inside it
+    order : the variables to compute, in program order; a layer stands for everything inside it
     axis : variable -> token axis, or None where no token enters
-    positions : the ``arange`` variables that number the tokens, with their offset
+    positions : the variables that number the tokens, with the number of the first
+    layer_of : variable -> the layer it is the result of
     """
 
     def __init__(
         self,
         graph: Graph,
-        sites: Sequence[AttentionSite],
+        layers: Sequence[Layer],
         length: Any,
         inputs: dict[Any, int | None],
     ) -> None:
         self.graph = graph
+        self.view = ElementView(graph)
         self.length = length
-        self.site_of = {site.out.tensor: site for site in sites if site.out is not None}
+        self.layer_of = {layer.out.var: layer for layer in layers}
         self.axis: dict[Any, int | None] = dict(inputs)
         self.positions: dict[Any, int] = {}
         self.order: list[Any] = []
@@ -76,20 +87,20 @@ class TokenAxes:
             if var in seen:
                 continue
             seen.add(var)
-            site = self.site_of.get(var)
-            if site is not None:
-                stack.extend(o.tensor for o in (site.q, site.k, site.v) if o is not None)
+            layer = self.layer_of.get(var)
+            if layer is not None:
+                stack.extend(layer.reads)
             elif var in self.graph.value:
-                stack.extend(_variables(self.graph.value[var]))
+                stack.extend(variables(self.graph.value[var]))
         return seen
 
     # -- one binding -----------------------------------------------------------------------
 
     def _visit(self, binding: relax.VarBinding) -> int | None:
         var, value = binding.var, binding.value
-        site = self.site_of.get(var)
-        if site is not None:
-            return self._site(site)
+        layer = self.layer_of.get(var)
+        if layer is not None:
+            return self._layer(layer)
         if isinstance(value, relax.Var):
             return self.axis[value]
         if isinstance(value, relax.Tuple):
@@ -122,6 +133,8 @@ class TokenAxes:
         self._check_shape(var, axis, name)
         if name == "arange" and axis is not None:
             self.positions[var] = int(value.args[0].value)
+        elif name == "cumsum" and axis == axis_of(value.attrs.axis, len(shape_of(var) or ())):
+            self.positions[var] = 1
         return axis
 
     def _of(self, expr: Any) -> int | None:
@@ -138,14 +151,30 @@ class TokenAxes:
             return self.axis[expr]
         return None
 
-    def _site(self, site: AttentionSite) -> int:
-        assert site.q and site.k and site.v and site.out
-        for role, operand in (("query", site.q), ("key", site.k), ("value", site.v)):
-            if self.axis[operand.tensor] != operand.token:
+    def _layer(self, layer: Layer) -> int:
+        for role, rows in (("queries", layer.q), ("keys", layer.k), ("values", layer.v)):
+            if self.axis[rows.tensor] != rows.axis:
                 raise PaginateError(
-                    f"the {role} of the attention {site.name!r} is not made token by token."
+                    f"the {role} of the attention {layer.site.name!r} are not made token by token."
                 )
-        return site.out.token
+        for var in layer.reads[3:]:
+            if self.axis[var] is not None:
+                raise PaginateError(
+                    f"the attention {layer.site.name!r} does something to its scores that depends "
+                    f"on other tokens ({var.name!r})."
+                )
+        # The kernel's rows are tokens; so are those of whatever is a reshape of them.
+        shape = shape_of(layer.out.var) or []
+        axes = [n for n, extent in enumerate(shape) if self.is_length(extent)]
+        behind = 1
+        for extent in shape[axes[0] + 1 :] if axes else []:
+            behind *= static_int(extent) or 0
+        rows_of = layer.v.dim * (1 if layer.out.order == "BHS" else layer.q.heads)
+        if len(axes) != 1 or behind != rows_of:
+            raise PaginateError(
+                f"the result of the attention {layer.site.name!r} has no axis of tokens."
+            )
+        return axes[0]
 
     def _check_shape(self, var: Any, axis: int | None, name: str) -> None:
         """Only the token axis may have the sequence length in its extent."""
@@ -174,15 +203,16 @@ class _Mixes(Exception):
     """Why an operator mixes tokens."""
 
 
-def _variables(expr: Any) -> list[Any]:
+def variables(expr: Any) -> list[Any]:
+    """The Relax variables an expression reads."""
     if isinstance(expr, relax.Var):
         return [] if tvm.ir.is_prim_var(expr) else [expr]
     if isinstance(expr, relax.Call):
-        return [v for a in expr.args for v in _variables(a)]
+        return [v for a in expr.args for v in variables(a)]
     if isinstance(expr, relax.Tuple):
-        return [v for f in expr.fields for v in _variables(f)]
+        return [v for f in expr.fields for v in variables(f)]
     if isinstance(expr, relax.TupleGetItem):
-        return _variables(expr.tuple_value)
+        return variables(expr.tuple_value)
     return []
 
 
@@ -393,6 +423,53 @@ def _arange(axes: TokenAxes, call: relax.Call, _name: str) -> int | None:
     return 0
 
 
+def _cumsum(axes: TokenAxes, call: relax.Call, _name: str) -> int | None:
+    """A sum along the tokens is a number of each token where every term is one."""
+    axis = axes._of(call.args[0])
+    if axis is None:
+        return None
+    rank = _rank(call.args[0])
+    if call.attrs.axis is None:
+        raise _Mixes("it sums over the tokens")
+    if axis_of(call.attrs.axis, rank) != axis:
+        return axis
+    index = [tvm.tirx.Var(f"i{n}", "int64") for n in range(rank)]
+    element = axes.view.at(call.args[0], index)
+    while isinstance(element, Apply) and element.op == "astype":
+        element = element.args[0]
+    if not isinstance(element, Const) or element.value != 1:
+        raise _Mixes("it sums over the tokens")
+    if any(not is_one(n) for d, n in enumerate(shape_of(call) or []) if d != axis):
+        raise _Mixes("it counts tokens in more than one row")
+    return axis
+
+
+def _repeat(axes: TokenAxes, call: relax.Call, _name: str) -> int | None:
+    axis = axes._of(call.args[0])
+    over = call.attrs.axis
+    if axis is not None and (over is None or axis_of(over, _rank(call.args[0])) == axis):
+        raise _Mixes("it repeats tokens")
+    return axis
+
+
+def _tile(axes: TokenAxes, call: relax.Call, _name: str) -> int | None:
+    axis = axes._of(call.args[0])
+    if axis is None:
+        return None
+    repeats = _list(call.attrs.repeats)
+    from_right = _rank(call.args[0]) - axis
+    if len(repeats) >= from_right and repeats[-from_right] != 1:
+        raise _Mixes("it repeats tokens")
+    return axis + max(0, len(repeats) - _rank(call.args[0]))
+
+
+def _topk(axes: TokenAxes, call: relax.Call, _name: str) -> int | None:
+    axis = axes._of(call.args[0])
+    if axis is not None and axis_of(call.attrs.axis, _rank(call.args[0])) == axis:
+        raise _Mixes("it sorts tokens")
+    return axis
+
+
 def _full(axes: TokenAxes, call: relax.Call, _name: str) -> int | None:
     """A tensor of one value; along the token axis it is one row for every token."""
     if len(call.args) > 1 and scalar_value(axes.graph.resolve(call.args[1])) is None:
@@ -422,6 +499,10 @@ _RULES: dict[str, Callable[[TokenAxes, relax.Call, str], int | None]] = {
     "split": _split,
     "strided_slice": _strided_slice,
     "take": _take,
+    **dict.fromkeys(("topk", "sort", "argsort"), _topk),
+    "repeat": _repeat,
+    "tile": _tile,
     "arange": _arange,
+    "cumsum": _cumsum,
     **dict.fromkeys(("full", "ones", "zeros", "full_like", "ones_like", "zeros_like"), _full),
 }

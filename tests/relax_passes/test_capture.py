@@ -13,7 +13,7 @@ from relax_passes.capture import COPY, KEY, RUN_OR_CAPTURE
 from relax_passes.importer import import_causal_lm
 from relax_passes.paginate import PaginateAttention
 from relax_passes.pipeline_cuda import lower_pipeline, toolchain
-from tvm_flashinfer.jit import CompilerError
+from tvm_flashinfer.jit import CompilerError, KernelArtifact
 from tvm_flashinfer.jit_cuda import find_nvcc
 
 TARGET = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"})
@@ -22,7 +22,9 @@ TARGET = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"})
 @pytest.fixture(scope="module")
 def module() -> tvm.IRModule:
     imported = import_causal_lm(make_model("llama", num_hidden_layers=2), dtype="float16")
-    return PaginateAttention("ours", kernel="kernel", max_batch=4)(imported.module)
+    return PaginateAttention(build=lambda _: KernelArtifact("", "", "kernel"), max_batch=4)(
+        imported.module
+    )
 
 
 def calls(func: relax.Function) -> list[str]:
@@ -64,7 +66,7 @@ def test_a_step_is_one_region_between_two_copies(module: tvm.IRModule, name: str
     outer = [c for c in calls(after[name]) if not c.startswith("vm.builtin.cuda_graph.get")]
     assert outer == [COPY, KEY, RUN_OR_CAPTURE, COPY]
     inner = calls(after[f"{name}_cuda_graph_capture"])
-    assert inner.count("tvm_flashinfer.kv_cache_attention") == 2
+    assert inner.count("tvm_flashinfer.kv_cache_attention_views") == 2
     assert inner.count("tvm_flashinfer.kv_cache_query_positions") == 1
     assert not any(c.startswith("vm.builtin") for c in inner)
 
@@ -72,7 +74,7 @@ def test_a_step_is_one_region_between_two_copies(module: tvm.IRModule, name: str
 def test_without_capture_nothing_is_moved(module: tvm.IRModule) -> None:
     after = lowered(module, capture=False)
     found = calls(after["batch_decode"])
-    assert found.count("tvm_flashinfer.kv_cache_attention") == 2
+    assert found.count("tvm_flashinfer.kv_cache_attention_views") == 2
     assert not {COPY, KEY, RUN_OR_CAPTURE} & set(found)
 
 

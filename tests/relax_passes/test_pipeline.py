@@ -101,7 +101,7 @@ def test_target_option_that_is_none() -> None:
 
 def test_pipeline_is_registered(imported: ImportedCausalLM) -> None:
     target = resolve_target("native")
-    pipeline = relax.get_pipeline(PIPELINE_NAME, target=target, kernel="kernel")
+    pipeline = relax.get_pipeline(PIPELINE_NAME, target=target)
     with target:
         module = pipeline(imported.module)
     names = {gv.name_hint for gv in module.functions}

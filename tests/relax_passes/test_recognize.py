@@ -39,8 +39,8 @@ def test_written_out() -> None:
     assert site.recognised, site.reason
     assert (site.form, site.variant, site.mask.describe()) == ("B", "softmax", "causal")
     assert site.scale == 1 / math.sqrt(DIM)
-    assert [o.tensor.name for o in (site.q, site.k, site.v)] == ["q", "k", "v"]
-    assert (site.q.layout, site.q.heads, site.q.head_dim) == ("BHSD", HEADS, DIM)
+    assert [o.tensor.name for o in site.operands] == ["q", "k", "v"]
+    assert (site.num_qo_heads, site.head_dim) == (HEADS, DIM)
 
 
 def test_scale_on_both_sides() -> None:
@@ -53,7 +53,7 @@ def test_scale_on_both_sides() -> None:
     (site,) = sites_of(body, *qkv())
     assert site.recognised, site.reason
     assert site.scale == 1 / math.sqrt(DIM)
-    assert (site.q.tensor.name, site.k.tensor.name) == ("q", "k")
+    assert [o.tensor.name for o in site.operands] == ["q", "k", "v"]
 
 
 def test_grouped_heads_are_recovered() -> None:
@@ -66,8 +66,8 @@ def test_grouped_heads_are_recovered() -> None:
 
     (site,) = sites_of(body, *qkv(kv_heads=2))
     assert site.recognised, site.reason
-    assert [o.tensor.name for o in (site.q, site.k, site.v)] == ["q", "k", "v"]
-    assert (site.q.heads, site.k.heads, site.v.heads) == (4, 2, 2)
+    assert [o.tensor.name for o in site.operands] == ["q", "k", "v"]
+    assert [o.heads for o in site.operands] == [4, 2, 2]
 
 
 def test_interleaved_heads_are_not_taken_for_groups() -> None:
@@ -83,8 +83,8 @@ def test_interleaved_heads_are_not_taken_for_groups() -> None:
     (site,) = sites_of(body, *qkv(kv_heads=2))
     assert site.recognised, site.reason
     # Not recovered: the keys stay the expanded tensor with one head per query head.
-    assert (site.k.heads, site.v.heads) == (4, 4)
-    assert site.k.tensor.name != "k"
+    assert [o.heads for o in site.operands] == [4, 4, 4]
+    assert site.operands[1].tensor.name != "k"
 
 
 def test_token_major_operands_are_reached() -> None:
@@ -96,7 +96,8 @@ def test_token_major_operands_are_reached() -> None:
 
     (site,) = sites_of(body, *params)
     assert site.recognised, site.reason
-    assert [o.layout for o in (site.q, site.k, site.v)] == ["BSHD"] * 3
+    assert [o.tensor.name for o in site.operands] == ["q", "k", "v"]
+    assert [int(o.token) for o in site.operands] == [HEADS * DIM] * 3
 
 
 def test_nn_attention() -> None:
@@ -151,8 +152,8 @@ def test_torch_sdpa_decomposed(dtype: torch.dtype) -> None:
     (site,) = find_sites(imported(Attention(), *args))
     assert site.recognised, site.reason
     assert (site.form, site.mask.describe(), site.scale) == ("A", "causal", 0.25)
-    assert [o.tensor.name for o in (site.q, site.k, site.v)] == ["q", "k", "v"]
-    assert (site.q.heads, site.k.heads) == (4, 2)
+    assert [o.tensor.name for o in site.operands] == ["q", "k", "v"]
+    assert (site.num_qo_heads, site.num_kv_heads) == (4, 2)
 
 
 def test_multihead_attention_module() -> None:
@@ -167,7 +168,7 @@ def test_multihead_attention_module() -> None:
     (site,) = find_sites(imported(Attention(), torch.zeros(1, 12, 32)))
     assert site.recognised, site.reason
     assert site.mask.describe() == "none"
-    assert (site.q.heads, site.q.head_dim) == (4, 8)
+    assert (site.num_qo_heads, site.head_dim) == (4, 8)
     assert site.scale == pytest.approx(1 / math.sqrt(8))
 
 
@@ -242,7 +243,7 @@ def test_one_query_head_for_all() -> None:
 
     _, k, v = qkv()
     (site,) = sites_of(body, tensor("q", 1, 1, SEQ, DIM), k, v)
-    assert not site.recognised or site.q.heads == HEADS
+    assert not site.recognised or site.num_qo_heads == HEADS
 
 
 def test_scores_that_meet_other_keys() -> None:

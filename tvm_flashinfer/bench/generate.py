@@ -27,6 +27,7 @@ ATTENTION_CALLS = (
     "vm.builtin.attention_kv_cache_attention_with_fused_qkv",
     "tvm_flashinfer.kv_cache_attention",
     "tvm_flashinfer.kv_cache_attention_bhsd",
+    "tvm_flashinfer.kv_cache_attention_views",
 )
 
 
