@@ -34,8 +34,11 @@ import ml_dtypes
 import numpy as np
 import tvm
 from tvm import relax
+from tvm.ir import GenericConst
+from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from relax_passes.experts import use_dense_experts
+from relax_passes.graph import axis_of, op_name, shape_of, static_int
 
 #: ``model_type`` of the models that are known to give the logits of transformers.
 SUPPORTED_FAMILIES = (
@@ -289,7 +292,7 @@ def _export(model: Any) -> tuple[tvm.IRModule, list[list[str]]]:
         raise CheckpointError(
             f"TVM cannot import the graph of {type(model).__name__}: {_line(err)}."
         ) from err
-    module["main"] = module["main"].without_attr("params")
+    module["main"] = _WrapIndices().visit_expr(module["main"].without_attr("params"))
     kind = torch.export.graph_signature.InputKind
     names = [
         spec.target.removeprefix("model.")
@@ -297,6 +300,31 @@ def _export(model: Any) -> tuple[tvm.IRModule, list[list[str]]]:
         if spec.kind is kind.PARAMETER
     ]
     return _share_tied(module, names, dict(model.named_parameters(remove_duplicate=False)))
+
+
+@mutator
+class _WrapIndices(PyExprMutator):
+    """Constant indices that count from an axis's end, which ``take`` would read before its start,
+    count from its start.
+    """
+
+    def visit_call_(self, call: relax.Call) -> relax.Expr:
+        call = super().visit_call_(call)
+        if op_name(call) != "take" or call.attrs.axis is None:
+            return call
+        indices = (
+            self.lookup_binding(call.args[1])
+            if isinstance(call.args[1], relax.Var)
+            else call.args[1]
+        )
+        if not isinstance(indices, GenericConst):
+            return call
+        shape, values = shape_of(call.args[0]), indices.value.numpy()
+        extent = None if shape is None else static_int(shape[axis_of(call.attrs.axis, len(shape))])
+        if extent is None or values.size == 0 or values.min() >= 0:
+            return call
+        wrapped = relax.const(np.where(values < 0, values + extent, values), str(values.dtype))
+        return relax.op.take(call.args[0], wrapped, call.attrs.axis, call.attrs.mode)
 
 
 def _share_tied(

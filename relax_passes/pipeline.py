@@ -285,17 +285,22 @@ def lower_pipeline(
     from relax_passes.lowering import fuse_passes, memory_passes, vm_passes
     from relax_passes.schedule_cpu import ScheduleElementwise
 
-    return tvm.transform.Sequential(
-        [
+    @tvm.transform.module_pass(opt_level=0, name="LowerForCPU")
+    def run(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+        passes = [
             DispatchLinear(target),
             FuseRMSNorm(),
             FoldLayout(),
+            relax.backend.DispatchSortScan(),  # of experts' routers
             *fuse_passes(),
             ScheduleElementwise(),
             *memory_passes(),
             *vm_passes(),
         ]
-    )
+        with target:
+            return tvm.transform.Sequential(passes)(mod)
+
+    return run
 
 
 def llm_pipeline(*, target: tvm.target.Target | None = None, **options: Any) -> tvm.transform.Pass:
