@@ -35,23 +35,26 @@ int32_t CpuExecutor::NumThreads() {
   return count;
 }
 
-/*! Call fn(thread, index) for every index in [0, count), on all threads of TVM's pool. */
-template <typename Fn>
-void CpuExecutor::ParallelFor(int32_t count, const Fn& fn) const {
-  if (count == 1) return fn(0, 0);
+template <typename Length, typename Fn>
+void CpuExecutor::ParallelFor(int32_t count, const Length& length, const Fn& fn) const {
   if (count < 1) return;
+  if (length(0) >= count) return fn(0, 0, count);
   struct Shared {
+    const Length* length;
     const Fn* fn;
     int32_t count;
     int32_t num_threads;
     std::atomic<int32_t> next{0};
-  } shared{&fn, count, num_threads_, {}};
+  } shared{&length, &fn, count, num_threads_, {}};
   const auto body = [](int task, TVMParallelGroupEnv*, void* data) {
     auto* s = static_cast<Shared*>(data);
     // The pool may have grown since scratch was allocated: further threads have no slice.
     if (task >= s->num_threads) return 0;
-    for (int32_t i; (i = s->next.fetch_add(1, std::memory_order_relaxed)) < s->count;) {
-      (*s->fn)(task, i);
+    for (int32_t i = s->next.load(std::memory_order_relaxed); i < s->count;) {
+      const int32_t end = std::min(i + (*s->length)(i), s->count);
+      if (!s->next.compare_exchange_weak(i, end, std::memory_order_relaxed)) continue;
+      (*s->fn)(task, i, end);
+      i = s->next.load(std::memory_order_relaxed);
     }
     return 0;
   };
@@ -60,38 +63,62 @@ void CpuExecutor::ParallelFor(int32_t count, const Fn& fn) const {
       << "TVM's thread pool could not run the attention step";
 }
 
-void CpuExecutor::Run(const AttentionParams& params) {
+template <typename ParamsOf>
+void CpuExecutor::RunItems(const PlanView& plan, int32_t group, int32_t kv_heads,
+                           const ParamsOf& params_of) {
   const CpuKernel& kernel = kernel_.cpu();
-  const PlanHeader& plan = *params.plan.header;
-  ParallelFor(plan.num_items, [&](int32_t thread, int32_t i) {
-    kernel.run_item(&params, &params.plan.items[i], scratch_.get() + thread * scratch_stride_);
-  });
-  if (plan.num_partials == 0) return;
-  constexpr int32_t kTokens = 4;
-  ParallelFor((plan.num_q_tokens + kTokens - 1) / kTokens, [&](int32_t, int32_t i) {
-    kernel.merge(&params, i * kTokens, std::min((i + 1) * kTokens, plan.num_q_tokens));
+  const WorkItem* items = plan.items;
+  const int32_t count = plan.header->num_items;
+  // Heads that are run together are one task: there must be enough tasks to even threads out.
+  constexpr int32_t kTasksPerThread = 2;
+  const int32_t tasks = num_threads_ == 1 ? 1 : kTasksPerThread * num_threads_;
+  const int32_t max_heads =
+      std::max(1, std::min({kernel.max_heads, kv_heads, count / std::max(tasks, 1)}));
+  const auto differ_in_head = [&](const WorkItem& a, const WorkItem& b) {
+    return b.head == a.head + 1 && a.row == b.row && a.level == b.level && a.q_begin == b.q_begin &&
+           a.kv_begin == b.kv_begin;
+  };
+  const auto heads_together = [&](int32_t i) {
+    int32_t n = 1;
+    if (items[i].q_count * group > kernel.row_tiles[0]) return n;
+    while (n < max_heads && i + n < count && differ_in_head(items[i + n - 1], items[i + n])) ++n;
+    return n;
+  };
+  ParallelFor(count, heads_together, [&](int32_t thread, int32_t begin, int32_t end) {
+    kernel.run_items(params_of(items[begin]), items + begin, end - begin,
+                     scratch_.get() + thread * scratch_stride_);
   });
 }
 
+void CpuExecutor::Run(const AttentionParams& params) {
+  const PlanHeader& plan = *params.plan.header;
+  RunItems(params.plan, params.num_qo_heads / params.num_kv_heads, params.num_kv_heads,
+           [&](const WorkItem&) { return &params; });
+  if (plan.num_partials == 0) return;
+  constexpr int32_t kTokens = 4;
+  ParallelFor(
+      plan.num_q_tokens, [](int32_t) { return kTokens; },
+      [&](int32_t, int32_t begin, int32_t end) { kernel_.cpu().merge(&params, begin, end); });
+}
+
 void CpuExecutor::RunRequests(const AttentionParams* by_request, int32_t count, int32_t queries) {
-  const CpuKernel& kernel = kernel_.cpu();
   const PlanView& plan = by_request->plan;
-  ParallelFor(plan.header->num_items, [&](int32_t thread, int32_t i) {
-    const WorkItem& item = plan.items[i];
-    kernel.run_item(&by_request[item.row], &item, scratch_.get() + thread * scratch_stride_);
-  });
+  RunItems(plan, by_request->num_qo_heads / by_request->num_kv_heads, by_request->num_kv_heads,
+           [&](const WorkItem& item) { return &by_request[item.row]; });
   if (plan.header->num_partials == 0) return;
-  ParallelFor(count, [&](int32_t, int32_t r) {
-    kernel.merge(&by_request[r], r * queries, (r + 1) * queries);
-  });
+  ParallelFor(
+      count, [](int32_t) { return 1; },
+      [&](int32_t, int32_t r, int32_t) {
+        kernel_.cpu().merge(&by_request[r], r * queries, (r + 1) * queries);
+      });
 }
 
 void CpuExecutor::Append(const AppendParams& params, int32_t count) {
   // Below this, waking threads costs more than the copy.
   constexpr int32_t kTokens = 32;
-  ParallelFor((count + kTokens - 1) / kTokens, [&](int32_t, int32_t i) {
-    kernel_.cpu().append(&params, i * kTokens, std::min((i + 1) * kTokens, count));
-  });
+  ParallelFor(
+      count, [](int32_t) { return kTokens; },
+      [&](int32_t, int32_t begin, int32_t end) { kernel_.cpu().append(&params, begin, end); });
 }
 
 }  // namespace tvm_flashinfer

@@ -34,8 +34,12 @@ class CpuExecutor {
   void Append(const AppendParams& params, int32_t count);
 
  private:
-  template <typename Fn>
-  void ParallelFor(int32_t count, const Fn& fn) const;
+  /*! \brief Call fn(thread, begin, end) over [0, count), cut where `length(begin)` says. */
+  template <typename Length, typename Fn>
+  void ParallelFor(int32_t count, const Length& length, const Fn& fn) const;
+  /*! \brief Every work item, with the operands that `params_of(item)` points to. */
+  template <typename ParamsOf>
+  void RunItems(const PlanView& plan, int32_t group, int32_t kv_heads, const ParamsOf& params_of);
 
   KernelHandle kernel_;
   int32_t num_threads_;

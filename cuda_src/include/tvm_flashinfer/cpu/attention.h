@@ -39,8 +39,9 @@ constexpr ElementType ElementTypeOf() {
 template <typename TQ, typename TKV, int kDimQK, int kDimVO, typename Variant>
 struct Attention {
   //! Up to here vectors along the head waste fewer lanes than vectors along rows.
-  static constexpr int kMaxFewRows = 8;
+  static constexpr int kMaxFewRows = std::min(8, kLanes);
   static constexpr int kPrefillRows = 128;
+  using Few = FewRows<TQ, TKV, kDimQK, kDimVO, Variant, kMaxFewRows>;
   using Many = ManyRows<TQ, TKV, kDimQK, kDimVO, Variant>;
 #ifdef TVM_FLASHINFER_AMX
   //! Tiles multiply bfloat16: queries of that type lose nothing.
@@ -56,7 +57,7 @@ struct Attention {
   }
 
   static int64_t ScratchBytes(int32_t max_rows) {
-    const int64_t few = FewRows<TQ, TKV, kDimQK, kDimVO, Variant, kMaxFewRows>::ScratchFloats();
+    const int64_t few = Few::ScratchFloats();
     int64_t floats = std::max(few, Many::ScratchFloats(max_rows));
 #ifdef TVM_FLASHINFER_AMX
     if constexpr (kAmx) floats = std::max(floats, Amx::ScratchFloats(max_rows));
@@ -64,9 +65,10 @@ struct Attention {
     return floats * static_cast<int64_t>(sizeof(float));
   }
 
-  static void RunItem(const AttentionParams* p, const WorkItem* item, void* scratch) {
-    const int32_t rows = item->q_count * (p->num_qo_heads / p->num_kv_heads);
-    RunRows<1>(rows, *p, *item, static_cast<float*>(scratch));
+  static void RunItems(const AttentionParams* p, const WorkItem* items, int32_t count,
+                       void* scratch) {
+    const int32_t rows = items->q_count * (p->num_qo_heads / p->num_kv_heads);
+    RunRows<1>(rows, *p, items, count, static_cast<float*>(scratch));
   }
 
   static void Merge(const AttentionParams* p, int32_t begin, int32_t end) {
@@ -138,8 +140,9 @@ struct Attention {
                                     {kMaxFewRows, kPrefillRows},
                                     Many::kBlockKV,
                                     &OutOfBoundsParam,
+                                    Few::kMaxHeads,
                                     &ScratchBytes,
-                                    &RunItem,
+                                    &RunItems,
                                     &Merge,
                                     &Append};
     return &table;
@@ -178,20 +181,24 @@ struct Attention {
   }
 
   template <int kRows>
-  static void RunRows(int32_t rows, const AttentionParams& p, const WorkItem& item,
+  static void RunRows(int32_t rows, const AttentionParams& p, const WorkItem* items, int32_t count,
                       float* scratch) {
     if (rows == kRows) {
-      FewRows<TQ, TKV, kDimQK, kDimVO, Variant, kRows>::Run(p, item, scratch);
+      FewRows<TQ, TKV, kDimQK, kDimVO, Variant, kRows>::Run(p, items, count, scratch);
     } else if constexpr (kRows < kMaxFewRows) {
-      RunRows<kRows + 1>(rows, p, item, scratch);
+      RunRows<kRows + 1>(rows, p, items, count, scratch);
     } else {
-#ifdef TVM_FLASHINFER_AMX
-      if constexpr (kAmx) {
-        if (amx::Available()) return Amx::Run(p, item, scratch);
-      }
-#endif
-      Many::Run(p, item, scratch);
+      for (int32_t i = 0; i < count; ++i) RunManyRows(p, items[i], scratch);
     }
+  }
+
+  static void RunManyRows(const AttentionParams& p, const WorkItem& item, float* scratch) {
+#ifdef TVM_FLASHINFER_AMX
+    if constexpr (kAmx) {
+      if (amx::Available()) return Amx::Run(p, item, scratch);
+    }
+#endif
+    Many::Run(p, item, scratch);
   }
 };
 

@@ -13,7 +13,7 @@
 namespace tvm_flashinfer {
 
 //! Changes with the layout of anything a kernel shares with the runtime.
-inline constexpr int32_t kCpuKernelAbi = 3;
+inline constexpr int32_t kCpuKernelAbi = 4;
 
 /*! \brief New keys or values, and where in the pool they go. */
 struct AppendParams {
@@ -30,9 +30,17 @@ struct AppendParams {
 };
 
 struct CpuKernel : KernelTraits {
+  //! Items of up to row_tiles[0] packed rows that differ in their head only and are best run as
+  //! one.
+  int32_t max_heads;
   int64_t (*scratch_bytes)(int32_t max_rows);
-  /*! \brief Compute one work item. `scratch` is 64-byte aligned and the caller's alone. */
-  void (*run_item)(const AttentionParams* params, const WorkItem* item, void* scratch);
+  /*!
+   * \brief Compute `count` work items that differ in their head only, by one from each to the next.
+   * \param count At most max_heads, and 1 for items of more than row_tiles[0] packed rows.
+   * \param scratch 64-byte aligned, and the caller's alone.
+   */
+  void (*run_items)(const AttentionParams* params, const WorkItem* items, int32_t count,
+                    void* scratch);
   /*! \brief Merge the partial states of query tokens [begin, end) that have any. */
   void (*merge)(const AttentionParams* params, int32_t begin, int32_t end);
   /*! \brief Store new keys or values of tokens [begin, end) into the pool. */

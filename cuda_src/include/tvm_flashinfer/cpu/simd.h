@@ -59,7 +59,11 @@ inline void Store(float* p, VFloat v) { std::memcpy(p, &v, sizeof(v)); }
 inline VFloat Load(const BFloat16* p) {
   VHalfBits bits;
   std::memcpy(&bits, p, sizeof(bits));
+#if defined(__AVX512F__)  // the compiler's own conversion goes through two halves
+  const VInt wide = (VInt)_mm512_cvtepu16_epi32((__m256i)bits) << 16;
+#else
   const VInt wide = __builtin_convertvector(bits, VInt) << 16;
+#endif
   VFloat v;
   std::memcpy(&v, &wide, sizeof(v));
   return v;
@@ -134,16 +138,25 @@ template <int kStep>
 inline VFloat Butterfly(VFloat v) {
   return __builtin_shuffle(v, Iota() ^ kStep);
 }
-template <int kStep = kLanes / 2>
-inline float ReduceAdd(VFloat v) {
-  v += Butterfly<kStep>(v);
-  if constexpr (kStep > 1) return ReduceAdd<kStep / 2>(v);
-  return v[0];
+
+/*! Every lane of a group of kGroup neighbours becomes the largest of them. */
+template <int kGroup, int kStep = 1>
+inline VFloat MaxOfGroups(VFloat v) {
+  if constexpr (kStep < kGroup) return MaxOfGroups<kGroup, 2 * kStep>(Max(v, Butterfly<kStep>(v)));
+  return v;
 }
+
+/*! Lane i of the result is the sum of the lanes of v[i]: fewer operations than a sum each. */
 template <int kStep = kLanes / 2>
-inline float ReduceMax(VFloat v) {
-  v = Max(v, Butterfly<kStep>(v));
-  if constexpr (kStep > 1) return ReduceMax<kStep / 2>(v);
+inline VFloat AddLanes(VFloat* v) {
+  // Of 2 * kStep neighbours, the first half becomes sums of v[i], the second of v[i + kStep]: to
+  // each lane that stays where it is, its partner is added.
+  const VInt second = (Iota() & kStep) != 0;
+  const VInt partner = (Iota() ^ kStep) + (second & kLanes);
+  for (int i = 0; i < kStep; ++i) {
+    v[i] = Select(second, v[i + kStep], v[i]) + __builtin_shuffle(v[i], v[i + kStep], partner);
+  }
+  if constexpr (kStep > 1) return AddLanes<kStep / 2>(v);
   return v[0];
 }
 
@@ -175,6 +188,30 @@ inline VFloat Exp(VFloat x) {
   return Select(x < kLow, VFloat{}, p * two_n);
 }
 
+/*!
+ * \brief exp(x) for a softmax's weights: x <= 0, or NaN, which stays NaN.
+ *
+ * Within 3e-7 of the largest weight, 1; small ones are as exact as their exponents are, which is
+ * what a sum of weights needs.
+ */
+inline VFloat ExpOfWeight(VFloat x) {
+#if defined(__AVX512F__)
+  const VFloat y = Max(Broadcast(-150.0f), x * 1.44269504088896341f);  // -inf - -inf would be NaN
+  const VFloat n = (VFloat)_mm512_roundscale_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT);
+  const VFloat f = y - n;
+  // Least largest relative error on [-1/2, 1/2] of those that are 1 at 0.
+  VFloat p = Broadcast(1.32647272e-03f);
+  p = p * f + 9.67151264e-03f;
+  p = p * f + 5.55073374e-02f;
+  p = p * f + 2.40222421e-01f;
+  p = p * f + 6.93146978e-01f;
+  p = p * f + 1.0f;
+  return (VFloat)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return Exp(x);
+#endif
+}
+
 /*! \brief tanh(x), through exp; odd, saturating. */
 inline VFloat Tanh(VFloat x) {
   const VFloat a = Max(x, -x);
@@ -185,6 +222,40 @@ inline VFloat Tanh(VFloat x) {
   const VFloat t = Select(a < 0.08f, small, large);
   return Select(x < 0.0f, -t, t);
 }
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+/*! Sums of two products a lane are one instruction. */
+#define TVM_FLASHINFER_BF16_DOT 1
+inline constexpr bool kBf16Dot = true;
+
+inline __m512i LoadPairs(const BFloat16* p) { return _mm512_loadu_si512(p); }
+
+/*! \brief acc[i] += a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1], of bfloat16 elements. */
+inline VFloat Dot(VFloat acc, __m512i a, __m512i b) {
+  return (VFloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+
+/*! \brief Four neighbours of `a` and of `b` in turn, from each eight: the first four, the last. */
+inline __m512i InterleaveLow(__m512i a, __m512i b) { return _mm512_unpacklo_epi16(a, b); }
+inline __m512i InterleaveHigh(__m512i a, __m512i b) { return _mm512_unpackhi_epi16(a, b); }
+
+inline __m512i BroadcastPair(const BFloat16* p) {
+  int32_t pair;
+  std::memcpy(&pair, p, sizeof(pair));
+  return _mm512_set1_epi32(pair);
+}
+
+/*! \brief To nearest, ties to even. */
+inline void StoreRounded(BFloat16* p, VFloat v) {
+  const auto rounded = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &rounded, sizeof(rounded));
+}
+#else
+inline constexpr bool kBf16Dot = false;
+#endif
+
+/*! \brief Where the pair with element i of `a` is: its lane, that of InterleaveHigh + kLanes. */
+inline int InterleavedAt(int i) { return i / 8 * 4 + i % 4 + (i % 8 < 4 ? 0 : kLanes); }
 
 // Into L2: a core has too few L1 fill buffers for prefetches and the loads of this block at once.
 inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }

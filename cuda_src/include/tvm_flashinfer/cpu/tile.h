@@ -18,6 +18,11 @@ namespace cpu {
 template <typename T>
 class KVRows {
  public:
+  //! Cache lines of a row of kDim elements.
+  template <int kDim>
+  static constexpr int kLines =
+      (kDim / kElementsPerUnit<T> * static_cast<int>(sizeof(T)) + 63) / 64;
+
   KVRows(const void* pool, const KVStrides& strides, const AttentionParams& p, const WorkItem& item)
       : base_(static_cast<const T*>(pool) + item.head * strides.head),
         strides_(strides),
