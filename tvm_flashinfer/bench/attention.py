@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -195,7 +196,7 @@ class Batch:
         total = prefix_pages + sum(own)
         pool_pages = int(total * POOL_SLACK) + 1
         ids = rng.permutation(pool_pages)[:total]
-        self.pool = random(pool_pages, 2, KV_HEADS, page, DIM)
+        self.pool = _in_huge_pages(random(pool_pages, 2, KV_HEADS, page, DIM))
         starts = np.concatenate([[0], np.cumsum(own)]) + prefix_pages
         self.pages = [
             np.concatenate([ids[:prefix_pages], ids[starts[r] : starts[r + 1]]])
@@ -264,6 +265,16 @@ class Batch:
         return lambda turn: flat.max()
 
 
+def _in_huge_pages(tensor: Any) -> Any:
+    """A copy in memory of 2 MiB pages where the system has some, as the KV cache's own pools."""
+    import torch
+
+    memory = mmap.mmap(-1, tensor.nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
 def _torch(batch: Batch) -> Iterator[tuple[str, Call]]:
     """Scaled dot-product attention, a call per request (one for requests of one length)."""
     import torch
@@ -308,9 +319,13 @@ def _append_mask(queries: int, keys: int) -> Any:
 
 
 def _onnxruntime(context: Context, batch: Batch) -> Iterator[tuple[str, Call]]:
-    """The contrib operator GroupQueryAttention, decoding into a full cache."""
+    """The contrib operator GroupQueryAttention over a cache in place: one new key, or all of them.
+
+    It takes one length for a whole batch, and no chunk of several queries on earlier keys.
+    """
     case = batch.case
-    if not case.is_decode or case.dtype == "bfloat16" or len(set(case.keys)) > 1:
+    same = len(set(zip(case.queries, case.keys, strict=True))) == 1
+    if not same or case.queries[0] not in (1, case.keys[0]) or case.dtype == "bfloat16":
         return
     if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime")):
         context.report.skipped["onnxruntime"] = "not installed: pip install onnx onnxruntime"
@@ -320,21 +335,21 @@ def _onnxruntime(context: Context, batch: Batch) -> Iterator[tuple[str, Call]]:
     import torch
 
     kind = onnx.TensorProto.FLOAT if case.dtype == "float32" else onnx.TensorProto.FLOAT16
-    b, keys = len(case.keys), case.keys[0]
-    past = [torch.cat([pair[i][:, :, :-1] for pair in batch.contiguous]) for i in range(2)]
+    b, queries, keys = len(case.keys), case.queries[0], case.keys[0]
+    past = [torch.cat([pair[i][:, :, :-queries] for pair in batch.contiguous]) for i in range(2)]
     new = [
-        torch.cat([pair[i][:, :, -1:] for pair in batch.contiguous])
+        torch.cat([pair[i][:, :, -queries:] for pair in batch.contiguous])
         .transpose(1, 2)
-        .reshape(b, 1, KV_HEADS * DIM)
+        .reshape(b, queries, KV_HEADS * DIM)
         for i in range(2)
     ]
     tensors = {
-        "query": batch.q.reshape(b, 1, QO_HEADS * DIM).numpy(),
+        "query": batch.q.reshape(b, queries, QO_HEADS * DIM).numpy(),
         "key": new[0].contiguous().numpy(),
         "value": new[1].contiguous().numpy(),
-        # A buffer with room for the new token: the operator writes it in place.
-        "past_key": torch.nn.functional.pad(past[0], (0, 0, 0, 1)).numpy(),
-        "past_value": torch.nn.functional.pad(past[1], (0, 0, 0, 1)).numpy(),
+        # A buffer with room for the new tokens: the operator writes them in place.
+        "past_key": torch.nn.functional.pad(past[0], (0, 0, 0, queries)).numpy(),
+        "past_value": torch.nn.functional.pad(past[1], (0, 0, 0, queries)).numpy(),
         "seqlens_k": np.full((b, 1), keys - 1, np.int32),
         "total_sequence_length": np.array([keys], np.int32),
     }
