@@ -44,4 +44,8 @@ class _Folder(PyExprMutator):
         ):
             super().visit_var_binding_(binding)
             return
-        self.set_var_remap(binding.var, self.emitter.emit(self.visit_expr(binding.value)))
+        value = self.emitter.emit(self.visit_expr(binding.value))
+        if not isinstance(value, relax.Var):
+            # An operator on a constant that does nothing.
+            value = self.builder_.emit(value)
+        self.set_var_remap(binding.var, value)

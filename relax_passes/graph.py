@@ -106,6 +106,10 @@ class Graph:
                 self.outputs.update(held)
                 var = held[0] if isinstance(self.value[var], relax.Var) else None
 
+    def reads(self, var: Any) -> list[Any]:
+        """The variables that the value of ``var`` names."""
+        return self._reads.get(var, [])
+
     def resolve(self, expr: Any) -> Any:
         """What a variable is bound to, looking through plain aliases; other expressions
         unchanged.

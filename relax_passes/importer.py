@@ -23,9 +23,8 @@ torch and transformers are imported inside the functions: nothing here is needed
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,9 @@ import ml_dtypes
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.ir import GenericConst
-from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from relax_passes.experts import use_dense_experts
-from relax_passes.graph import axis_of, op_name, shape_of, static_int
+from relax_passes.frontend import WrapIndices, undecomposed_convert_map
 
 #: ``model_type`` of the models that are known to give the logits of transformers.
 SUPPORTED_FAMILIES = (
@@ -286,13 +283,13 @@ def _export(model: Any) -> tuple[tvm.IRModule, list[list[str]]]:
             keep_params_as_input=True,
             unwrap_unit_return_tuple=True,
             run_ep_decomposition=False,
-            custom_convert_map=sdpa_convert_map(),
+            custom_convert_map=undecomposed_convert_map(),
         )
     except Exception as err:
         raise CheckpointError(
             f"TVM cannot import the graph of {type(model).__name__}: {_line(err)}."
         ) from err
-    module["main"] = _WrapIndices().visit_expr(module["main"].without_attr("params"))
+    module["main"] = WrapIndices().visit_expr(module["main"].without_attr("params"))
     kind = torch.export.graph_signature.InputKind
     names = [
         spec.target.removeprefix("model.")
@@ -300,31 +297,6 @@ def _export(model: Any) -> tuple[tvm.IRModule, list[list[str]]]:
         if spec.kind is kind.PARAMETER
     ]
     return _share_tied(module, names, dict(model.named_parameters(remove_duplicate=False)))
-
-
-@mutator
-class _WrapIndices(PyExprMutator):
-    """Constant indices that count from an axis's end, which ``take`` would read before its start,
-    count from its start.
-    """
-
-    def visit_call_(self, call: relax.Call) -> relax.Expr:
-        call = super().visit_call_(call)
-        if op_name(call) != "take" or call.attrs.axis is None:
-            return call
-        indices = (
-            self.lookup_binding(call.args[1])
-            if isinstance(call.args[1], relax.Var)
-            else call.args[1]
-        )
-        if not isinstance(indices, GenericConst):
-            return call
-        shape, values = shape_of(call.args[0]), indices.value.numpy()
-        extent = None if shape is None else static_int(shape[axis_of(call.attrs.axis, len(shape))])
-        if extent is None or values.size == 0 or values.min() >= 0:
-            return call
-        wrapped = relax.const(np.where(values < 0, values + extent, values), str(values.dtype))
-        return relax.op.take(call.args[0], wrapped, call.attrs.axis, call.attrs.mode)
 
 
 def _share_tied(
@@ -356,146 +328,6 @@ def _share_tied(
         main = relax.Function(keep, body.body, main.ret_ty, main.is_pure, main.attrs)
         module["main"] = main
     return module, groups
-
-
-def sdpa_convert_map() -> dict[str, Callable[..., relax.Var]]:
-    """``custom_convert_map`` entries for graphs imported with ``run_ep_decomposition=False``.
-
-    ``scaled_dot_product_attention`` becomes one ``R.nn.attention`` that is right about ``scale``,
-    ``enable_gqa`` and bool masks, which TVM's own converter is not; ``linear`` keeps the dtype of
-    its input, where TVM's own converter always makes float32.
-    """
-    return {
-        "scaled_dot_product_attention.default": _convert_sdpa,
-        "linear.default": _convert_linear,
-        "to.device": _convert_to,
-        "to.dtype_layout": _convert_to,
-        "where.ScalarOther": _convert_where,
-        "where.ScalarSelf": _convert_where,
-        "where.Scalar": _convert_where,
-        "numpy_T.default": _convert_transpose,
-        "div_.Tensor": _convert_divide,
-        "sym_max": _convert_sym_max,
-        "repeat_interleave.self_int": _convert_repeat,
-    }
-
-
-def _convert_where(node: Any, importer: Any) -> relax.Var:
-    """``aten.where`` whose values, one or both, are numbers."""
-    emit = importer.block_builder.emit
-    dtype = str(node.meta["val"].dtype).removeprefix("torch.")
-    condition, *values = node.args
-    condition = importer.env[condition]
-    if condition.ty.dtype.dtype != "bool":
-        condition = emit(relax.op.astype(condition, "bool"))
-    a, b = (
-        relax.const(v, dtype) if isinstance(v, int | float) else importer.env[v] for v in values
-    )
-    return emit(relax.op.where(condition, a, b))
-
-
-def _convert_divide(node: Any, importer: Any) -> relax.Var:
-    """``x /= y``, where nothing reads x afterwards but as the result."""
-    x, y = node.args
-    order = {n: i for i, n in enumerate(node.graph.nodes)}
-    if any(order[user] > order[node] for user in x.users):
-        raise ValueError("a tensor is read after it was divided in place")
-    a = importer.env[x]
-    b = importer.env[y] if y in importer.env else relax.const(y, a.ty.dtype.dtype)
-    return importer.block_builder.emit(relax.op.divide(a, b))
-
-
-def _convert_sym_max(node: Any, importer: Any) -> Any:
-    """The larger of two lengths."""
-    a, b = (importer.env.get(x, x) if not isinstance(x, int) else x for x in node.args)
-    return tvm.tirx.max(a, b)
-
-
-def _convert_transpose(node: Any, importer: Any) -> relax.Var:
-    """``tensor.T``: all axes reversed."""
-    return importer.block_builder.emit(relax.op.permute_dims(importer.env[node.args[0]]))
-
-
-def _convert_repeat(node: Any, importer: Any) -> relax.Var:
-    """``aten.repeat_interleave`` with a number: each element that often along an axis."""
-    named = dict(zip(("self", "repeats", "dim"), node.args, strict=False)) | dict(node.kwargs)
-    x, repeats, axis = importer.env[named["self"]], named["repeats"], named.get("dim")
-    emit = importer.block_builder.emit
-    if axis is None:
-        return emit(relax.op.repeat(x, repeats))
-    return emit(relax.op.repeat(x, repeats, axis % len(x.ty.shape)))
-
-
-def _convert_to(node: Any, importer: Any) -> relax.Var:
-    """``aten.to`` in the overloads that name a device or a layout: only the dtype matters."""
-    import torch
-
-    x = importer.env[node.args[0]]
-    wanted = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, torch.dtype)]
-    if not wanted:
-        return x
-    dtype = str(wanted[0]).removeprefix("torch.")
-    if x.ty.dtype.dtype == dtype:
-        return x
-    return importer.block_builder.emit(relax.op.astype(x, dtype))
-
-
-def _convert_linear(node: Any, importer: Any) -> relax.Var:
-    """``aten.linear``: x [..., K], weight [N, K], bias [N] or None; the result has x's dtype."""
-    emit = importer.block_builder.emit
-    x, weight, bias = (importer.env.get(a) for a in (*node.args, None)[:3])
-    out = emit(relax.op.matmul(x, emit(relax.op.permute_dims(weight)), x.ty.dtype.dtype))
-    return out if bias is None else emit(relax.op.add(out, bias))
-
-
-def _convert_sdpa(node: Any, importer: Any) -> relax.Var:
-    """``aten.scaled_dot_product_attention`` on [B, H, S, D] to ``R.nn.attention`` on [B, S, H,
-    D].
-    """
-    import torch
-
-    named = dict(
-        zip(
-            ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
-            node.args,
-            strict=False,
-        )
-    )
-    named.update(node.kwargs)
-    if named.get("dropout_p") or 0.0:
-        raise ValueError("scaled_dot_product_attention with dropout")
-    emit = importer.block_builder.emit
-    query, key, value = (importer.env[named[k]] for k in ("query", "key", "value"))
-    if named.get("enable_gqa") or int(key.ty.shape[1]) == 1:
-        key, value = (_repeat_heads(emit, x, query) for x in (key, value))
-    query, key, value = (emit(relax.op.permute_dims(x, [0, 2, 1, 3])) for x in (query, key, value))
-    bias = None
-    if named.get("attn_mask") is not None:
-        mask_node = named["attn_mask"]
-        bias = importer.env[mask_node]
-        dtype = query.ty.dtype.dtype
-        if mask_node.meta["val"].dtype is torch.bool:
-            if bias.ty.dtype.dtype != "bool":
-                # TVM imports bool `new_ones` and `&` as int64; only zero or not matters here.
-                bias = emit(relax.op.astype(bias, "bool"))
-            zero, minus = relax.const(0.0, dtype), relax.const(-math.inf, dtype)
-            bias = emit(relax.op.where(bias, zero, minus))
-    scale = named.get("scale")
-    causal = "TopLeft" if named.get("is_causal") else None
-    out = emit(relax.op.nn.attention(query, key, value, bias, scale, causal))
-    return emit(relax.op.permute_dims(out, [0, 2, 1, 3]))
-
-
-def _repeat_heads(emit: Callable[..., relax.Var], x: relax.Var, query: relax.Var) -> relax.Var:
-    """[B, Hkv, T, D] to [B, H, T, D]: each KV head serves H // Hkv consecutive query heads."""
-    batch, kv_heads, length, dim = x.ty.shape
-    heads = int(query.ty.shape[1])
-    group = heads // int(kv_heads)
-    if group == 1:
-        return x
-    x = emit(relax.op.expand_dims(x, 2))
-    x = emit(relax.op.broadcast_to(x, [batch, kv_heads, group, length, dim]))
-    return emit(relax.op.reshape(x, [batch, heads, length, dim]))
 
 
 # ---------------------------------------------------------------------------------------------

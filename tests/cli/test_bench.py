@@ -154,3 +154,18 @@ def test_suite_schedule(tmp_path: Path) -> None:
     assert plan.ours > 0 and plan.along == ("requests", 16)
     assert all(value > 0 for value in plan.peers.values())
     assert 0 < share.ours < 100 and share.unit == "%"
+
+
+def test_suite_passes_on_a_tiny_model(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from tvm_flashinfer.bench.passes import run
+    from tvm_flashinfer.bench.zoo import Size
+
+    context = dataclasses.replace(small_context(tmp_path), cases="vit*")
+    run(context, Size())
+    assert not context.report.skipped
+    metrics = ["latency, our attention", "latency, our attention and linear layers"]
+    assert [row.metric for row in context.report.rows] == metrics
+    for row in context.report.rows:
+        assert set(row.peers) == {"tvm-default", "torch"}
+        assert row.ours > 0

@@ -101,6 +101,14 @@ def test_layout_operators_cancel() -> None:
     assert "R.exp(x)" in text
 
 
+def test_operators_on_constants_that_do_nothing() -> None:
+    def body(g: Graph, x: relax.Var) -> relax.Var:
+        return g.add(x, g.astype(relax.const(np.ones((4, WIDTH), "float32")), "float32"))
+
+    module = tvm.IRModule({"main": build(body, tensor("x", 4, WIDTH))})
+    assert "astype" not in FoldLayout()(module)["main"].script()
+
+
 def test_casts_that_lose_something_stay() -> None:
     def body(g: Graph, x: relax.Var) -> relax.Var:
         return g.exp(g.astype(g.astype(x, "float16"), "float32"))

@@ -62,14 +62,14 @@ def cases() -> list[Any]:
 
 
 def check(name: str, attention: str, *, dynamic: bool) -> None:
-    model, args = zoo.OneOutput(name, attention), zoo.example(name)
+    model, args = zoo.ZooModel(name, attention), zoo.example(name)
     with torch.no_grad():
         want = model(*args).numpy()
     mod, report = zoo.inject(zoo.import_module(model, args, dynamic=dynamic))
     assert [s.reason for s in report.sites] == [""] * len(SITES[name, attention])
     assert [(s.variant, s.mask) for s in report.sites] == SITES[name, attention]
     if not dynamic:
-        length = {"whisper_encoder": 16, "vit": 17}.get(name, zoo.LENGTH)
+        length = zoo.SIZE.tokens(name)
         scores = zoo.BATCH * zoo.HEADS * length * length
         assert zoo.attention_sized(mod, length, length, scores) == []
     assert zoo.distance(zoo.run(mod, args), want) <= 1e-5
@@ -98,7 +98,7 @@ def test_symbolic_lengths(name: str, attention: str) -> None:
 def test_importer_cannot_view_gpt2_sdpa() -> None:
     """TVM 0.27's importer, or torch's own decomposition for it, refuses this graph."""
     with pytest.raises(ValueError, match="Cannot view a tensor"):
-        zoo.import_module(zoo.OneOutput("gpt2", "sdpa"), zoo.example("gpt2"))
+        zoo.import_module(zoo.ZooModel("gpt2", "sdpa"), zoo.example("gpt2"))
 
 
 @relax.expr_functor.mutator
@@ -122,7 +122,7 @@ def test_importer_misreads_falcon(attention: str) -> None:
     """``qkv[:, :, [-1]]`` is imported as a take of -1, which reads out of bounds: TVM's own result
     is wrong. With indices counted from the end the model is right, before our pass and after.
     """
-    model, args = zoo.OneOutput("falcon", attention), zoo.example("falcon")
+    model, args = zoo.ZooModel("falcon", attention), zoo.example("falcon")
     mod = zoo.import_module(model, args)
     with torch.no_grad():
         want = model(*args).numpy()

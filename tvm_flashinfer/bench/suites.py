@@ -54,6 +54,7 @@ SUITES = {
     "attention": "one layer on a CPU beside PyTorch, onnxruntime and TVM's kernels",
     "generate": "whole models: latency between tokens, attention's share, prefill",
     "schedule": "what a plan costs beside a plain sort of as many work items",
+    "passes": "whole graphs with their attention rewritten, beside TVM's default pipeline",
     "linear": "linear layers beside numpy, PyTorch and TVM's own code",
 }
 
