@@ -6,7 +6,6 @@ print(explanation.before, explanation.after, explanation.source, sep="\\n\\n")
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,27 +139,20 @@ def _line(binding: relax.VarBinding) -> str:
 
 
 def load_module(path: Path) -> tvm.IRModule:
-    """A Relax module from TVM's JSON (``tvm.ir.save_json``) or from TVMScript (``.py``).
+    """A Relax module from TVMScript, as ``mod.script(show_meta=True)`` writes it.
 
     Raises
     ------
     ModuleError
-        The file isn't one of them.
+        The file isn't one.
     """
-    loaders: dict[str, Callable[[str], Any]] = {
-        ".json": tvm.ir.load_json,
-        ".py": tvm.script.from_source,
-    }
-    loader = loaders.get(path.suffix)
-    if loader is None:
-        raise ModuleError(
-            f"{str(path)!r} is no module; accepted are TVM's JSON (.json) and TVMScript (.py)."
-        )
+    if path.suffix != ".py":
+        raise ModuleError(f"{str(path)!r} is no module; accepted is TVMScript, in a .py file.")
     try:
-        mod = loader(path.read_text(encoding="utf-8"))
+        mod = tvm.script.from_source(path.read_text(encoding="utf-8"))
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModuleError(f"{str(path)!r} can't be read as a Relax module: {line}.") from error
+        raise ModuleError(f"{str(path)!r} can't be read as TVMScript: {line}.") from error
     if not isinstance(mod, tvm.IRModule):
         raise ModuleError(f"{str(path)!r} holds a {type(mod).__name__}, not a module.")
     return mod

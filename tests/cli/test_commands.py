@@ -114,6 +114,36 @@ def test_inspect(capsys: pytest.CaptureFixture[str], checkpoint: Callable) -> No
     assert "3 of 3 attention sites rewritten" in output(capsys, "inspect", directory)
 
 
+def test_inspect_explains_and_draws_a_site(
+    capsys: pytest.CaptureFixture[str], checkpoint: Callable, tmp_path: Path
+) -> None:
+    directory, _ = checkpoint("llama")
+    picture = tmp_path / "model.svg"
+    text = output(capsys, "inspect", directory, "--site", "1", "--svg", picture)
+    assert "variant softmax, mask causal" in text
+    assert "R.nn.attention" in text
+    assert "tvm_flashinfer.graph_attention" in text
+    assert "tvm_flashinfer::cpu::Attention<" in text
+    assert picture.read_text().lstrip().startswith("<?xml")
+
+
+def test_inspect_a_module(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text(
+        "from tvm.script import ir as I, relax as R\n"
+        "@I.ir_module\n"
+        "class Module:\n"
+        "    @R.function\n"
+        "    def main(q: R.Tensor((1, 4, 6, 8), 'float32'), k: R.Tensor((1, 4, 8, 6), 'float32'),\n"
+        "             v: R.Tensor((1, 4, 6, 8), 'float32')):\n"
+        "        weights = R.nn.softmax(R.matmul(q, k), axis=-1)\n"
+        "        return R.matmul(weights, v)\n"
+    )
+    (site,) = json.loads(output(capsys, "inspect", module, "--json"))["sites"]
+    assert "no layout that strides describe" in site["reason"]
+    assert "left alone" in output(capsys, "inspect", module, "--site", "0")
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     found = {f["name"]: f for f in json.loads(output(capsys, "doctor", "--json"))}
     for name in ("TVM", "ABI", "C++ compiler", "CPU features", "BLAS", "kernel cache"):

@@ -64,6 +64,7 @@ def is_user_mistake(error: Exception) -> bool:
     names = {
         "tvm_flashinfer.jit": "CompilerError",
         "relax_passes.dispatch_kv_cache": "DispatchError",
+        "relax_passes.explain": "ModuleError",
         "relax_passes.importer": "CheckpointError",
         "relax_passes.pipeline": "CompileError",
     }
@@ -238,22 +239,35 @@ def generate(
 
 @app.command()
 def inspect(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A local Hugging Face model directory, or a Relax module as TVMScript (.py).",
+            show_default=False,
+        ),
+    ],
     dtype: Annotated[
         Dtype | None, typer.Option(help="To import it in.", show_default="the checkpoint's")
+    ] = None,
+    site: Annotated[
+        int | None,
+        typer.Option(min=0, help="Explain this one: its graph, its variant, its kernel's C++."),
+    ] = None,
+    svg: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the module (matplotlib).")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The same as a PNG file.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what the pass finds in a checkpoint: one row per attention site."""
-    from .compile import inspect_checkpoint
-    from .output import Stages, print_json, print_report
+    from .inspect import run_inspect
 
-    with Stages() as stages:
-        report = inspect_checkpoint(checkpoint, dtype, stages)
-    if as_json:
-        print_json(report)
-    else:
-        print_report(report, title=f"Attention in {checkpoint.name or checkpoint}")
+    draw = [path.with_suffix(".svg") for path in (svg,) if path is not None]
+    draw += [path.with_suffix(".png") for path in (png,) if path is not None]
+    run_inspect(checkpoint, dtype=dtype, site=site, draw=draw, as_json=as_json)
 
 
 @app.command(

@@ -1,6 +1,7 @@
-"""``compile`` and ``inspect``: from a checkpoint to a directory that runs by itself.
+"""``compile``: from a checkpoint to a directory that runs by itself.
 
-The only part of the package, with ``mlc/``, that imports ``relax_passes``.
+Beside ``inspect``, ``bench/`` and ``mlc/`` the only part of the package that imports
+``relax_passes``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..errors import UserError
 from ..jit import find_compiler
 from ..manifest import LIBRARY, MANIFEST, WEIGHTS, Generation, Manifest
 
-__all__ = ["Options", "compile_checkpoint", "inspect_checkpoint"]
+__all__ = ["Options", "compile_checkpoint"]
 
 # Called with the name of each stage as it begins.
 Progress = Callable[[str], None]
@@ -71,18 +72,6 @@ def compile_checkpoint(
     )
     progress("write the directory")
     return _write(compiled, checkpoint, output)
-
-
-def inspect_checkpoint(
-    checkpoint: Path, dtype: str | None, progress: Progress
-) -> Mapping[str, Any]:
-    """What the pass finds in ``checkpoint``: ``{"sites": [...], "refusals": [...]}``."""
-    progress("load the compiler")
-    from relax_passes.pipeline import inspect_causal_lm
-
-    progress("import the checkpoint")
-    report: Mapping[str, Any] = inspect_causal_lm(checkpoint, dtype=dtype).as_dict()
-    return report
 
 
 def _check_output(output: Path) -> None:
