@@ -149,7 +149,10 @@ def load_module(path: Path) -> tvm.IRModule:
     if path.suffix != ".py":
         raise ModuleError(f"{str(path)!r} is no module; accepted is TVMScript, in a .py file.")
     try:
-        mod = tvm.script.from_source(path.read_text(encoding="utf-8"))
+        lines = path.read_text(encoding="utf-8").splitlines()
+        # TVM's parser knows T, R and I, and takes no import of them.
+        kept = [line for line in lines if not line.startswith("from tvm.script import")]
+        mod = tvm.script.from_source("\n".join(kept))
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModuleError(f"{str(path)!r} can't be read as TVMScript: {line}.") from error

@@ -130,7 +130,8 @@ def test_inspect_explains_and_draws_a_site(
 def test_inspect_a_module(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     module = tmp_path / "module.py"
     module.write_text(
-        "from tvm.script import ir as I, relax as R\n"
+        "from tvm.script import ir as I\n"
+        "from tvm.script import relax as R\n"
         "@I.ir_module\n"
         "class Module:\n"
         "    @R.function\n"
