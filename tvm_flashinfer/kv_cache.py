@@ -294,7 +294,9 @@ class KVCache:
     def commit_tree(self, seq_ids: Sequence[int], leaves: Sequence[int]) -> None:
         """Of each sequence's tree keep the path from its root to ``leaves[i]``; -1 keeps nothing.
 
-        The kept tokens become the sequence's next ones; the others are forgotten.
+        A node's index counts from the first of its tree, over all steps that it grew in. (TVM's own
+        cache copies and drops within the last step only.) The kept tokens become the sequence's
+        next ones; the others are forgotten.
         """
         self._call(
             "attention_kv_cache_commit_accepted_token_tree_nodes",

@@ -227,4 +227,13 @@ void CudaStepRunner::Copy(void* to, const void* from, int64_t bytes) {
   Check(cuda().copy(to, from, bytes, Stream()), "copying keys and values");
 }
 
+void CudaStepRunner::Wait() {
+  void* event = nullptr;
+  Check(cuda().event_create(&event), "creating a CUDA event");
+  const char* error = cuda().event_record(event, Stream());
+  if (error == nullptr) error = cuda().event_wait(event);
+  cuda().event_destroy(event);
+  Check(error, "waiting for the GPU");
+}
+
 }  // namespace tvm_flashinfer

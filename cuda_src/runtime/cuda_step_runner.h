@@ -92,6 +92,7 @@ class CudaStepRunner final : public StepRunner {
   void Append(const PoolView& pool, TokenHeads* q, TokenHeads k, TokenHeads v) final;
   void Attend(AttentionParams* params) final;
   void Copy(void* to, const void* from, int64_t bytes) final;
+  void Wait() final;
   int64_t GraphKey() const final { return plan_ == nullptr ? -1 : plan_->id(); }
 
  private:

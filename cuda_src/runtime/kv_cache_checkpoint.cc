@@ -25,7 +25,7 @@ namespace json = tvm::ffi::json;
 
 namespace {
 
-constexpr int64_t kFormatVersion = 1;
+constexpr int64_t kFormatVersion = 2;
 
 Any Field(const json::Object& object, const char* name) {
   const auto it = object.find(String(name));
@@ -157,17 +157,18 @@ void KVCacheObj::ForEachGroupRow(const Sequence& sequence, int64_t group_id, con
 void KVCacheObj::ExportPageGroup(int64_t seq_id, int64_t group_id, Tensor dst) {
   const Sequence& sequence = *CheckpointSequence(seq_id, "export_page_group");
   CheckGroup(sequence, group_id, dst);
-  if (sequence.length % config_.page_size != 0) {
-    // The unused end of the last page holds zeros: equal sequences give equal bytes.
-    const int64_t page_bytes = (k_page_ + v_page_) * element_bytes_;
-    const std::vector<char> zeros(page_bytes, 0);
-    runner_->Copy(
-        static_cast<char*>(DataOf(*dst.operator->())) + (LogicalPages(sequence) - 1) * page_bytes,
-        zeros.data(), page_bytes);
+  // The unused end of the last page holds zeros: equal sequences give equal bytes.
+  const bool partial = sequence.length % config_.page_size != 0;
+  const int64_t page_bytes = (k_page_ + v_page_) * element_bytes_;
+  const std::vector<char> zeros(partial ? page_bytes : 0, 0);
+  if (partial) {
+    char* last = static_cast<char*>(DataOf(*dst.operator->()));
+    runner_->Copy(last + (LogicalPages(sequence) - 1) * page_bytes, zeros.data(), page_bytes);
   }
   ForEachGroupRow(sequence, group_id, dst, [&](const char* pool, char* row, int64_t bytes) {
     runner_->Copy(row, pool, bytes);
   });
+  runner_->Wait();
 }
 
 void KVCacheObj::PrepareImport(int64_t seq_id, String metadata_json) {
@@ -230,6 +231,7 @@ void KVCacheObj::ImportPageGroup(int64_t seq_id, int64_t group_id, Tensor src) {
   ForEachGroupRow(
       *pages_.Find(seq_id), group_id, src,
       [&](char* pool, const char* row, int64_t bytes) { runner_->Copy(pool, row, bytes); });
+  runner_->Wait();
   import->done[group_id] = true;
 }
 

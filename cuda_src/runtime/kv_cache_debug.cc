@@ -48,6 +48,7 @@ void KVCacheObj::DebugGetKV(int64_t seq_id, int64_t start_pos, int64_t end_pos, 
   ForEachRow(seq_id, start_pos, end_pos, [&](char* row, int64_t at, int64_t bytes, bool is_k) {
     runner_->Copy((is_k ? k : v) + at, row, bytes);
   });
+  runner_->Wait();
   if (inline_rope_) TurnKeys(*pages_.Find(seq_id), start_pos, k_data, k_data, Turn::kBack);
 }
 
@@ -68,6 +69,7 @@ void KVCacheObj::DebugSetKV(int64_t seq_id, int64_t start_pos, Tensor k_data, Te
              [&](char* row, int64_t at, int64_t bytes, bool is_k) {
                runner_->Copy(row, (is_k ? k : v) + at, bytes);
              });
+  runner_->Wait();
 }
 
 void KVCacheObj::CheckRange(int64_t seq_id, int64_t start, int64_t end) const {

@@ -154,6 +154,7 @@ void KVCacheObj::ForEachLatentRow(int64_t seq_id, int64_t start, int64_t end, co
       copy(layer.k + row * bytes, at, bytes);
     }
   }
+  runner_->Wait();
 }
 
 void KVCacheObj::DebugGetKVMLA(int64_t seq_id, int64_t start_pos, int64_t end_pos, Tensor kv_data) {

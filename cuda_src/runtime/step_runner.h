@@ -48,6 +48,8 @@ class StepRunner {
   virtual void Attend(AttentionParams* params) = 0;
   /*! \brief Copy to or from the device's memory, in the order of the other calls. */
   virtual void Copy(void* to, const void* from, int64_t bytes) = 0;
+  /*! \brief Wait until what was called is done: its operands are the caller's again. */
+  virtual void Wait() = 0;
   /*! \brief A query sees `window` tokens, itself included: so masks the kernel's variant. */
   void UseWindow(int32_t window) {
     window_ = window;

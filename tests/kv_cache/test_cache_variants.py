@@ -50,7 +50,11 @@ def attend(
 
 
 def drive(
-    cache: KVCache, expected: Any, stored: Any = lambda x, name: x, tolerance: float = 1e-5
+    cache: KVCache,
+    expected: Any,
+    stored: Any = lambda x, name: x,
+    tolerance: float = 1e-5,
+    dtype: Any = np.float32,
 ) -> None:
     """Two sequences, a prefill and decode steps; outputs of both layers against ``expected``."""
     rng = np.random.default_rng(0)
@@ -61,10 +65,10 @@ def drive(
         with cache.step([0, 1], list(lengths)):
             for layer in range(2):
                 q, k, v = (
-                    rng.standard_normal((sum(lengths), h, DIM), dtype=np.float32)
+                    rng.standard_normal((sum(lengths), h, DIM), dtype=np.float32).astype(dtype)
                     for h in (HEADS, KV_HEADS, KV_HEADS)
                 )
-                out = tvm.runtime.empty(q.shape, "float32")
+                out = tvm.runtime.tensor(np.zeros_like(q))
                 cache.attention(layer, *(tvm.runtime.tensor(x) for x in (q, k, v)), out)
                 begin = 0
                 for seq, count in enumerate(lengths):
@@ -80,7 +84,8 @@ def drive(
                         past[seq, layer, "k"],
                         past[seq, layer, "v"],
                     )
-                    oracle.assert_close(out.numpy()[rows], want, tolerance)
+                    found = out.numpy()[rows].astype(np.float64)
+                    oracle.assert_close(found, want, tolerance)
 
 
 def test_alibi_in_every_layer() -> None:
@@ -145,6 +150,32 @@ def test_float16_pool_of_float32_queries() -> None:
         made(None, {}, kv_dtype="float16"),
         lambda layer, q, k, v: attend(q, k, v, lambda x, at, key: x),
         lambda x, name: x.astype(np.float16),
+    )
+
+
+#: Of queries, new keys and outputs, and what they are rounded to: half a unit in the last place,
+#: of values around 4.
+QUERY_DTYPES = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
+POOL_DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kv_dtype", POOL_DTYPES)
+@pytest.mark.parametrize("dtype", list(QUERY_DTYPES))
+def test_every_pool_with_every_query(dtype: str, kv_dtype: str) -> None:
+    pool = np.dtype(getattr(ml_dtypes, kv_dtype, kv_dtype))
+
+    def stored(x: np.ndarray, name: str) -> np.ndarray:
+        if kv_dtype == "int8":
+            return np.clip(np.rint(x.astype(np.float32)), -128, 127)
+        return x.astype(pool).astype(np.float32)
+
+    drive(
+        made(None, {}, dtype=dtype, kv_dtype=kv_dtype),
+        lambda layer, q, k, v: attend(q, k, v, lambda x, at, key: x),
+        stored,
+        QUERY_DTYPES[dtype],
+        np.dtype(getattr(ml_dtypes, dtype, dtype)),
     )
 
 

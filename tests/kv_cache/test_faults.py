@@ -318,3 +318,114 @@ def test_creation_with_a_kernel_of_other_dimensions() -> None:
             kernel,
             tvm.runtime.empty((0,)),
         )
+
+
+# -- functions that a cache calls
+
+
+class Rotating:
+    """A cache that rotates with a function of the model's, which fails when it is told to."""
+
+    def __init__(self, twin: Twin) -> None:
+        import tvm_ffi
+
+        from tvm_flashinfer.jit import AttentionSpec, build_attention, load_kernel
+
+        self.fails = False
+
+        def rotate(qkv: Any, _positions: Any, q: Any, k: Any, v: Any, _apply: Any) -> None:
+            if self.fails:
+                raise RuntimeError("the rotation of this model is out of order")
+            fused, at = np.from_dlpack(qkv), 0
+            for part in (np.from_dlpack(x) for x in (q, k, v)):
+                part[:] = fused[:, at : at + part.shape[1]]
+                at += part.shape[1]
+
+        d = twin.dims
+        kernel = load_kernel(build_attention(AttentionSpec(d.dtype, d.dtype, 32, 32)))
+        bounds = (d.max_batch_size, d.max_total_seq_len, d.prefill_chunk_size, d.page_size, 0)
+        twin.cache = KVCache(
+            tvm.get_global_func("tvm_flashinfer.kv_cache_create_split_rotary")(
+                tvm_ffi.Shape(bounds),
+                tvm_ffi.Shape((0, d.num_layers)),
+                tvm_ffi.Shape((d.num_qo_heads, d.num_kv_heads, 32, 32)),
+                kernel,
+                tvm.runtime.empty((0,)),
+                tvm_ffi.convert(rotate),
+                0,
+            )
+        )
+
+
+def test_an_exception_from_a_kernel() -> None:
+    twin = Twin(Dims(max_total_seq_len=96))
+    rotating = Rotating(twin)
+    twin.add(0)
+    twin.forward([0], [20], "fused")
+    twin.fork(0, 1)
+    free = twin.cache.num_free_pages
+    for layer in range(2):  # the first fails, or the second, when the first is done
+        with twin.cache.step([1], [3]):
+            q, k, v = (twin.random(3, heads, 32) for heads in (6, 2, 2))
+            if layer == 1:
+                twin._attend(0, q, k, v, "fused")
+            rotating.fails = True
+            with pytest.raises(RuntimeError, match="the rotation of this model is out of order"):
+                twin._attend(layer, q, k, v, "fused")
+            rotating.fails = False
+        twin.cache.pop(1, 3)
+        assert twin.cached(0, 0, 20).k.tobytes() == twin.sequences[0].k.tobytes()
+        assert twin.cached(1, 0, 20).v.tobytes() == twin.sequences[1].v.tobytes()
+    # The copy of the shared page stays with the fork, as after any step that is popped.
+    twin.pages.append(1, 3)
+    twin.sequences[1] = twin.cached(1, 0, 20)
+    del twin.pages.tokens[1][20:]
+    twin.check()
+    assert twin.cache.num_free_pages == free - 1
+    twin.forward([1, 0], [3, 1], "fused")
+    twin.check()
+
+
+def test_a_layer_that_failed_may_be_tried_again() -> None:
+    twin = Twin(Dims(max_total_seq_len=96))
+    rotating = Rotating(twin)
+    twin.add(0)
+    attend = twin._attend
+
+    def again(*args: Any) -> Any:
+        rotating.fails = True
+        with pytest.raises(RuntimeError, match="out of order"):
+            attend(*args)
+        rotating.fails = False
+        return attend(*args)
+
+    twin._attend = again  # type: ignore[method-assign]
+    for lengths in (20, 1, 7):
+        twin.forward([0], [lengths], "fused")
+        twin.check()
+
+
+def test_an_exception_from_what_sends_pages(twin: Twin) -> None:
+    import tvm_ffi
+
+    calls: list[int] = []
+
+    def send(layer: int, *_: Any) -> None:
+        calls.append(layer)
+        if len(calls) == 1:
+            raise RuntimeError("the wire is cut")
+
+    twin.cache.use_transfer(send)
+    twin.cache.mark_send(2, 0, tvm_ffi.Shape([1, 0, 7]))
+    attend = twin._attend
+
+    def again(*args: Any) -> Any:
+        if not calls:
+            with pytest.raises(RuntimeError, match="the wire is cut"):
+                attend(*args)
+        return attend(*args)
+
+    twin._attend = again  # type: ignore[method-assign]
+    twin.forward([2], [2])
+    assert calls == [0, 0, 1]
+    twin.check()
