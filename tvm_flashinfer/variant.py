@@ -395,7 +395,9 @@ class TracedVariant:
         """Prove that the mask is false at every key after the query."""
         if self.variant.mask is None:
             return False
-        from tvm import ir, sym, tirx
+        from tvm import ir, tirx
+
+        from ._tvm import sym
 
         gap = tirx.Var("gap", "int32")
         later = replace(self.at, kv_idx=self.at.q_idx + gap)

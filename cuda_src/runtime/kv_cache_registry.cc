@@ -40,6 +40,28 @@ void CheckSize(const char* name, const Shape& shape, size_t size, const char* en
       << entries;
 }
 
+/*!
+ * \brief Which of the consecutive ranges `layers` is this process's or, in a TVM Disco session,
+ * this worker's: as many groups of workers as there are stages hold a range each.
+ */
+size_t PipelineStage(const Shape& layers) {
+  TVM_FLASHINFER_CHECK(layers.size() >= 2, ValueError)
+      << "argument `layers` has " << layers.size()
+      << " entries, expected the first layer of each pipeline stage and the end of the last";
+  const size_t stages = layers.size() - 1;
+  if (stages == 1) return 0;
+  const auto rank = Function::GetGlobal("runtime.disco.worker_rank");
+  const auto world = Function::GetGlobal("runtime.disco.world_size");
+  TVM_FLASHINFER_CHECK(rank.has_value() && world.has_value(), RuntimeError)
+      << "argument `layers` has " << stages
+      << " pipeline stages, and this TVM runtime has no Disco to run them with";
+  const auto workers = (*world)().cast<int64_t>();
+  TVM_FLASHINFER_CHECK(workers % static_cast<int64_t>(stages) == 0, ValueError)
+      << "argument `layers` has " << stages << " pipeline stages, the Disco session " << workers
+      << " workers: not as many for each";
+  return static_cast<size_t>((*rank)().cast<int64_t>() / (workers / static_cast<int64_t>(stages)));
+}
+
 /*! \brief The arguments that every creation function starts with, checked. */
 struct Creation {
   Creation(Shape bounds, Shape layers, Shape heads, Function kernel, Tensor init)
@@ -62,7 +84,6 @@ struct Creation {
     CheckSize("bounds", bounds, 5,
               "max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, "
               "support_sliding_window");
-    CheckSize("layers", layers, 2, "first layer, end layer");
     CheckSize("heads", heads, 4, "num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo");
     config.max_batch = Extent("max_batch_size", bounds, 0, 1);
     config.max_total_seq_len = Extent("max_total_seq_len", bounds, 1, 1);
@@ -71,8 +92,9 @@ struct Creation {
     TVM_FLASHINFER_CHECK(bounds[4] == 0 || bounds[4] == 1, ValueError)
         << "support_sliding_window is " << bounds[4] << ", expected 0 or 1";
     config.sliding_window = bounds[4] != 0;
-    config.layer_begin = Extent("first layer", layers, 0, 0);
-    config.layer_end = Extent("end layer", layers, 1, config.layer_begin + 1);
+    const size_t stage = PipelineStage(layers);
+    config.layer_begin = Extent("first layer", layers, stage, 0);
+    config.layer_end = Extent("end layer", layers, stage + 1, config.layer_begin + 1);
     config.num_qo_heads = Extent("num_qo_heads", heads, 0, 1);
     config.num_kv_heads = Extent("num_kv_heads", heads, 1, 1);
     config.head_dim_qk = Extent("head_dim_qk", heads, 2, 1);

@@ -122,10 +122,15 @@ def tvm_cache() -> Iterator[None]:
 
 
 @functools.cache
-def compile_model(family: str, quantization: str = "q0f32", cache: str = "ours") -> Path:
+def compile_model(
+    family: str,
+    quantization: str = "q0f32",
+    cache: str = "ours",
+    overrides: tuple[tuple[str, Any], ...] = (),
+) -> Path:
     """A tiny random model, compiled; `cache` is "ours" or "tvm"."""
     folder = Path(tempfile.mkdtemp(prefix=f"{family}-{cache}-", dir=_FOLDER.name))
-    (folder / "config.json").write_text(json.dumps(config(family)))
+    (folder / "config.json").write_text(json.dumps(config(family) | dict(overrides)))
     library = folder / "model.so"
     arguments = [str(folder / "config.json"), "--model-type", family, "--device", "llvm"]
     arguments += ["--quantization", quantization, "-o", str(library)]

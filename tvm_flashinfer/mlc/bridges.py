@@ -202,6 +202,15 @@ def _scalars_before_outputs() -> None:
     nn.tensor_ir_op = op.tensor_ir_op = tensor_ir_op
 
 
+def _disco() -> None:
+    import tvm.runtime
+    import tvm_ffi
+
+    # Before mlc_llm, which registers a function of its own over one that this module registers.
+    tvm.runtime.disco = importlib.import_module("tvm.runtime.disco")
+    tvm_ffi.init_ffi_api("runtime.disco", "tvm.runtime.disco._ffi_api")
+
+
 # -- mlc_llm's own library
 
 
@@ -303,6 +312,12 @@ BRIDGES = (
         "in TVM 0.27 scalar parameters of a PrimFunc come before its outputs",
         lambda: _lacks("tvm.relax", "PrimValue"),
         _scalars_before_outputs,
+    ),
+    Bridge(
+        "runtime.disco",
+        "TVM 0.27 looks for Disco before it loads the library that has it",
+        lambda: _lacks("tvm.runtime", "disco.ThreadedSession"),
+        _disco,
     ),
     Bridge(
         "libmlc_llm_module.so",
