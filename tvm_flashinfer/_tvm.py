@@ -6,9 +6,30 @@ The runtime, kernels and variants run with TVM 0.26 and 0.27; compiling models, 
 
 from __future__ import annotations
 
+from typing import Any
+
 try:
     from tvm import sym
 except ImportError:  # TVM 0.26
     from tvm import arith as sym
 
-__all__ = ["sym"]
+__all__ = ["bit_operation", "sym"]
+
+#: From TVM 0.27 on each is a class, before they were calls of operators.
+_BIT_OPERATIONS = {
+    "tirx.bitwise_and": "BitwiseAnd",
+    "tirx.bitwise_or": "BitwiseOr",
+    "tirx.bitwise_xor": "BitwiseXor",
+    "tirx.shift_left": "LShift",
+    "tirx.shift_right": "RShift",
+}
+
+
+def bit_operation(e: Any) -> tuple[str, Any, Any] | None:
+    """The class, in TVM 0.27, and the operands of an operation on bits; None if ``e`` isn't one."""
+    kind = type(e).__name__
+    if kind in _BIT_OPERATIONS.values():
+        return kind, e.a, e.b
+    if kind == "Call" and getattr(e.op, "name", "") in _BIT_OPERATIONS:
+        return _BIT_OPERATIONS[e.op.name], *e.args
+    return None

@@ -36,6 +36,8 @@ FUNCTIONS = (
     "tvm_flashinfer.kv_cache_attention_views",
     "tvm_flashinfer.linear",
     "tvm_flashinfer.linear_kn",
+    "tvm_flashinfer.linear_cuda",
+    "tvm_flashinfer.linear_cuda_kn",
 )
 
 _SOURCE = r"""#include <dlfcn.h>

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ._tvm import bit_operation
 from .variant import (
     ELEMENT,
     EXPRESSION_DTYPES,
@@ -132,8 +133,9 @@ class _Printer:
             return f"{lanes}::BitAnd({self.print(e.a)}, {lanes}::I({e.b.value - 1}))"
         if kind in _FUNCTION and dtype in ("float32", "int32"):
             return f"{lanes}::{_FUNCTION[kind]}({self.print(e.a)}, {self.print(e.b)})"
-        if kind in _BITWISE and dtype == "int32":
-            return f"{lanes}::{_BITWISE[kind]}({self.print(e.a)}, {self.print(e.b)})"
+        if (bits := bit_operation(e)) is not None and dtype == "int32":
+            kind, a, b = bits
+            return f"{lanes}::{_BITWISE[kind]}({self.print(a)}, {self.print(b)})"
         if kind == "Select":
             return self._select(e.condition, e.true_value, e.false_value)
         if kind == "Cast":

@@ -22,4 +22,5 @@ def test_llama_compiles_to_device_code(tmp_path: Path) -> None:
     mlc_compile.main([*arguments, "--opt", "flashinfer=0;cublas_gemm=0;cudagraph=0"])
     data = library.read_bytes()
     assert b"tvm_flashinfer.kv_cache_create" in data
+    assert b"tvm_flashinfer.linear_cuda" in data
     assert b"sm_90a" in data and b'extern "C" __global__' not in data
