@@ -399,6 +399,25 @@ class KVCache:
         """Positions of the step's tokens in their sequences: int32 ``[tokens]``."""
         return self._call("attention_kv_cache_get_query_positions")
 
+    # -- the composable format of a step
+
+    def use_format(self, format: str) -> None:
+        """Which prefixes the steps to come read once for all the sequences that share them.
+
+        ``"auto"``, the default: those that the scheduler's costs say pay. ``"flat"``: none.
+        ``"shared"``: all, as far as a plan has levels. Results differ in rounding only.
+        """
+        _function("tvm_flashinfer.kv_cache_use_format")(self.handle, format)
+
+    def plan_section(self, name: str) -> Any:
+        """A copy of a section of the last step's plan, int32 (see plan.h); for inspection."""
+        return _function("tvm_flashinfer.kv_cache_plan_section")(self.handle, name)
+
+    @property
+    def num_levels(self) -> int:
+        """Levels of the last step's layout: above 1, prefixes are shared or it has token trees."""
+        return int(self.plan_section("header").numpy()[4])
+
     # -- what is in it
 
     @property

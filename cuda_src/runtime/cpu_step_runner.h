@@ -24,9 +24,12 @@ class CpuStepRunner final : public StepRunner {
   void Copy(void* to, const void* from, int64_t bytes) final;
   void Wait() final {}                          // every call returns when it is done
   int64_t GraphKey() const final { return 0; }  // nothing is captured on a CPU
+  PlanOnHost LastPlan() const final { return plan_ == nullptr ? PlanOnHost{} : plan_->OnHost(); }
 
  private:
   PlanBounds WithWorkers(PlanBounds bounds) const;
+  ReadCosts PrefixCosts() const;
+  void AttendInOrder(const AttentionParams& params, const std::vector<int32_t>& order);
 
   CpuExecutor executor_;
   StepPlan page_plan_;
@@ -34,6 +37,8 @@ class CpuStepRunner final : public StepRunner {
   StepPlan* plan_ = nullptr;              //!< the one in use
   const StepLayout* layout_ = nullptr;
   tvm::runtime::Tensor positions_;
+  std::unique_ptr<char[]> ordered_;  //!< queries and outputs of a step whose requests change places
+  std::unique_ptr<float[]> ordered_lse_;
   std::optional<Rope> rope_, twin_rope_;        //!< the second of the twins of a step that splits
   tvm::runtime::Tensor rotated_q_, rotated_k_;  //!< [max_q_tokens, heads, dim]; q with its twins
 };

@@ -88,17 +88,24 @@ void CudaPlan::Make(const ScheduleInput& in, const StepLayout& layout) {
       plan_offset() +
       (plan.Offset(PlanSection::kKVIndices) + layout.num_blocks()) * int64_t{sizeof(int32_t)};
   char* staging = stagings_[next]->Acquire(bytes);
-  scheduler_.Plan(in, reinterpret_cast<int32_t*>(staging + plan_offset()));
+  auto* buffer = reinterpret_cast<int32_t*>(staging + plan_offset());
+  scheduler_.Plan(in, buffer);
   std::copy(layout.positions().begin(), layout.positions().end(),
             reinterpret_cast<int32_t*>(staging));
   std::copy(layout.slots().begin(), layout.slots().end(),
             reinterpret_cast<int64_t*>(staging + slots_offset()));
   current_ = next;
-  used_bytes_ = bytes;
+  const int64_t listed = reinterpret_cast<const PlanHeader*>(buffer)->num_kv_pages;
+  used_bytes_ = bytes - (layout.num_blocks() - listed) * int64_t{sizeof(int32_t)};
 }
 
 void CudaPlan::Send(void* stream) {
   stagings_[current_]->Send(DataOf(*block_.operator->()), used_bytes_, stream);
+}
+
+PlanOnHost CudaPlan::OnHost() const {
+  return {reinterpret_cast<const int32_t*>(stagings_[current_]->data() + plan_offset()),
+          &scheduler_.layout()};
 }
 
 const int64_t* CudaPlan::slots() const {
@@ -145,6 +152,7 @@ PlanBounds CudaStepRunner::TileBounds(PlanBounds bounds, int32_t tile_rows, bool
   if (!last) {
     bounds.max_q_tokens = static_cast<int32_t>(std::min<int64_t>(
         bounds.max_q_tokens, int64_t{config_.max_batch} * bounds.max_tile_tokens));
+    bounds.max_prefix_q_tokens = std::min(bounds.max_prefix_q_tokens, bounds.max_q_tokens);
   }
   bounds.max_splits = 8;
   Stream();
@@ -173,11 +181,42 @@ void CudaStepRunner::Plan(StepLayout* layout) {
   const int64_t mean = (layout->num_tokens() + requests - 1) / requests;
   int tile = cuda().num_tiles - 1;
   while (tile > 0 && cuda().tiles[tile - 1] >= std::max<int64_t>(1, mean) * group()) --tile;
-  in.tile_tokens = std::max(1, cuda().tiles[tile] / group());
   in.min_chunk = 64;
+  tile = Compose(tile, &in);
   CudaPlan* plan = PlanOf(tile, *layout);
   plan->Make(in, *layout);
   next_ = plan;
+}
+
+ReadCosts CudaStepRunner::PrefixCosts(int tile) const {
+  ReadCosts costs;
+  costs.memory = kMemoryRows;
+  costs.cached = kMemoryRows / 2;  // from L2
+  costs.panel_rows = costs.panel_cost = cuda().tiles[tile];
+  return costs;
+}
+
+/*! One tile serves the whole launch: a larger one reads a prefix for more queries at a time. */
+int CudaStepRunner::Compose(int tile, ScheduleInput* in) {
+  const ScheduleInput flat = *in;
+  int64_t best_gain = 0;
+  int best = tile;
+  for (int t = tile; t < cuda().num_tiles; ++t) {
+    *in = flat;
+    format_.Use(PrefixCosts(t));
+    if (format_.Compose(in, TileTokens(t)) > 0 && format_.gain() > best_gain) {
+      best_gain = format_.gain();
+      best = t;
+    }
+  }
+  *in = flat;
+  in->tile_tokens = TileTokens(best);
+  if (best_gain > 0) {
+    in->compute_rows = kMemoryRows;
+    format_.Use(PrefixCosts(best));
+    format_.Compose(in, TileTokens(best));
+  }
+  return best;
 }
 
 void CudaStepRunner::Begin(const StepLayout& layout) {

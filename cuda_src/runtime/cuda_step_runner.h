@@ -7,6 +7,7 @@
 
 #include <tvm_flashinfer/schedule.h>
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <optional>
@@ -55,6 +56,8 @@ class CudaPlan {
   void Make(const ScheduleInput& in, const StepLayout& layout);
   void Send(void* stream);
 
+  /*! \brief As it was staged; until two more plans are made. */
+  PlanOnHost OnHost() const;
   const int64_t* slots() const;
   const tvm::runtime::Tensor& positions() const { return positions_; }
   void Describe(AttentionParams* params) const;
@@ -93,6 +96,7 @@ class CudaStepRunner final : public StepRunner {
   void Attend(AttentionParams* params) final;
   void Copy(void* to, const void* from, int64_t bytes) final;
   void Wait() final;
+  PlanOnHost LastPlan() const final { return plan_ == nullptr ? PlanOnHost{} : plan_->OnHost(); }
   int64_t GraphKey() const final { return plan_ == nullptr ? -1 : plan_->id(); }
 
  private:
@@ -101,6 +105,12 @@ class CudaStepRunner final : public StepRunner {
   void* Stream() const;
   PlanBounds TileBounds(PlanBounds bounds, int32_t tile_rows, bool last) const;
   CudaPlan* PlanOf(int tile, const StepLayout& layout);
+  /*! \brief Compose a step of that tile, or of a larger one, if that pays; returns its tile. */
+  int Compose(int tile, ScheduleInput* in);
+  ReadCosts PrefixCosts(int tile) const;
+  //! Rows whose products take a KV token's reading time: tensor cores outrun memory by far.
+  static constexpr int32_t kMemoryRows = 64;
+  int TileTokens(int tile) const { return std::max(1, cuda().tiles[tile] / group()); }
 
   DLDevice device_;
   std::array<std::unique_ptr<CudaPlan>, 4> page_plans_, token_plans_;  //!< made on demand

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -146,6 +147,12 @@ class KVCacheObj : public AttentionKVCacheInterface {
    * be replayed in another whose key is equal.
    */
   int64_t GraphKey() const;
+
+  // The composable format: kv_cache_format.cc.
+  /*! \brief Let the cost model choose which prefixes the steps to come share, or overrule it. */
+  void UseFormat(FormatChoice choice);
+  /*! \brief A copy of a section of the last step's plan, int32; see PlanSection. */
+  Tensor PlanSectionOf(const std::string& name) const;
 
   // Inspection.
   int32_t head_dim_qk() const { return config_.head_dim_qk; }

@@ -2,6 +2,8 @@
 #ifndef TVM_FLASHINFER_RUNTIME_KV_CACHE_CONFIG_H_
 #define TVM_FLASHINFER_RUNTIME_KV_CACHE_CONFIG_H_
 
+#include <tvm_flashinfer/compose.h>
+
 #include <algorithm>
 #include <cstdint>
 
@@ -19,6 +21,7 @@ struct KVCacheConfig {
   int32_t head_dim_qk, head_dim_vo;
   //! Latent attention: one row a token, whose first head_dim_vo elements are its value.
   bool mla = false;
+  FormatChoice format = FormatChoice::kAuto;  //!< who decides which prefixes a step shares
 
   int32_t num_layers() const { return layer_end - layer_begin; }
   /*! A slid window starts and ends within a page: two more pages a sequence. */

@@ -8,9 +8,16 @@
 #include <tvm_flashinfer/schedule.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace tvm_flashinfer {
+
+/*! \brief A plan in host memory; null before the first. */
+struct PlanOnHost {
+  const int32_t* buffer = nullptr;
+  const PlanLayout* layout = nullptr;
+};
 
 class StepPlan {
  public:
@@ -18,8 +25,9 @@ class StepPlan {
       : bounds_(bounds), scheduler_(bounds) {
     const PlanLayout& layout = scheduler_.layout();
     for (auto& buffer : buffers_) buffer.resize(layout.total);
-    o_partial_.resize(layout.max_partials * num_qo_heads * head_dim_vo);
-    softmax_partial_.resize(2 * layout.max_partials * num_qo_heads);
+    // Not initialised: few of the rows are ever touched.
+    o_partial_.reset(new float[layout.max_partials * num_qo_heads * head_dim_vo]);
+    softmax_partial_.reset(new float[2 * layout.max_partials * num_qo_heads]);
   }
 
   const PlanBounds& bounds() const { return bounds_; }
@@ -31,11 +39,13 @@ class StepPlan {
     current_ = next;
   }
 
+  PlanOnHost OnHost() const { return {buffers_[current_].data(), &scheduler_.layout()}; }
+
   /*! \brief Point the operands of a run at the plan in use and at its workspace. */
   void Describe(AttentionParams* params) {
     params->plan = PlanView::Make(buffers_[current_].data(), scheduler_.layout(), bounds_);
-    params->o_partial = o_partial_.data();
-    params->softmax_partial = softmax_partial_.data();
+    params->o_partial = o_partial_.get();
+    params->softmax_partial = softmax_partial_.get();
   }
 
  private:
@@ -43,7 +53,7 @@ class StepPlan {
   Scheduler scheduler_;
   std::vector<int32_t> buffers_[2];
   int32_t current_ = 0;
-  std::vector<float> o_partial_, softmax_partial_;
+  std::unique_ptr<float[]> o_partial_, softmax_partial_;
 };
 
 }  // namespace tvm_flashinfer

@@ -5,6 +5,7 @@
 #define TVM_FLASHINFER_RUNTIME_STEP_RUNNER_H_
 
 #include <tvm/runtime/tensor.h>
+#include <tvm_flashinfer/compose.h>
 #include <tvm_flashinfer/params.h>
 #include <tvm_flashinfer/variant.h>
 
@@ -17,6 +18,7 @@
 #include "kv_cache_config.h"
 #include "rope.h"
 #include "step_layout.h"
+#include "step_plan.h"
 #include "token_heads.h"
 
 namespace tvm_flashinfer {
@@ -68,10 +70,19 @@ class StepRunner {
   const VariantArgs* variant_args() const { return &variant_args_; }
   /*! \brief See KVCacheObj::GraphKey. */
   virtual int64_t GraphKey() const = 0;
+  /*! \brief Who decides which prefixes a step shares. */
+  void UseFormat(FormatChoice choice) { format_.Use(choice); }
+  /*! \brief The plan that was made last, on the host; sections as bounds lay them out. */
+  virtual PlanOnHost LastPlan() const = 0;
 
  protected:
   StepRunner(const KVCacheConfig& config, KernelHandle kernel)
-      : config_(config), kernel_(std::move(kernel)) {}
+      : config_(config),
+        kernel_(std::move(kernel)),
+        // A slid window over rotated keys puts every query there twice.
+        format_(PageBounds(), config.sliding_window ? 2 * config.max_batch : config.max_batch) {
+    format_.Use(config.format);
+  }
 
   int32_t group() const { return config_.num_qo_heads / config_.num_kv_heads; }
 
@@ -83,6 +94,9 @@ class StepRunner {
     // Sequences that share pages each list them: any one may span the whole pool.
     b.max_kv_pages = static_cast<int32_t>(
         std::min<int64_t>(int64_t{config_.max_batch} * config_.num_pages(), INT32_MAX / 2));
+    b.max_prefix_levels = kPrefixLevels;
+    b.max_prefix_q_tokens = std::min(b.max_q_tokens, config_.max_batch * kSharingTokens);
+    b.max_levels = 1 + b.max_prefix_levels;
     b.num_kv_heads = config_.num_kv_heads;
     b.max_tile_tokens = std::max(1, kernel_->row_tiles[1] / group());
     return b;
@@ -91,7 +105,7 @@ class StepRunner {
   /*! \brief Bounds of steps whose layout is by token. */
   PlanBounds TokenBounds(int64_t num_blocks) const {
     PlanBounds b = PageBounds();
-    b.max_levels = 2;
+    ++b.max_levels;                                               // the nodes of trees
     b.max_requests = config_.max_batch + config_.max_q_tokens();  // a row for each node of a tree
     if (config_.sliding_window) {                                 // every query may be there twice
       b.max_requests += config_.max_batch;
@@ -113,8 +127,14 @@ class StepRunner {
     return in;
   }
 
+  //! Prefixes within prefixes that a step shares: every one more costs a state of every query.
+  static constexpr int32_t kPrefixLevels = 4;
+  //! Queries of a sequence, on average, in a step that shares prefixes: drafts have a few.
+  static constexpr int32_t kSharingTokens = 4;
+
   KVCacheConfig config_;
   KernelHandle kernel_;
+  FormatChooser format_;
   int32_t window_ = 0;
   VariantArgs variant_args_{};
   bool has_variant_ = false;

@@ -169,3 +169,71 @@ def test_suite_passes_on_a_tiny_model(tmp_path: Path) -> None:
     for row in context.report.rows:
         assert set(row.peers) == {"tvm-default", "torch"}
         assert row.ours > 0
+
+
+def test_suite_kv_cache_on_small_batches(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from tvm_flashinfer.bench.kv_cache import run
+
+    context = small_context(tmp_path)
+    run(
+        context,
+        batch=2,
+        length=40,
+        prompt=64,
+        suffix=16,
+        children=(3,),
+        cycles=20,
+        window=32,
+    )
+    rows = {(row.case, row.metric): row for row in context.report.rows}
+    assert all(row.ours > 0 for row in rows.values())
+    beside = {
+        ("begin_forward 2x40", "time of begin_forward"): {"tvm"},
+        ("step 2x40, 8/2 heads", "attention step"): {"tvm"},
+        ("parallel generation, prompt 64, n 3", "attention of 4 layers between tokens"): {
+            "ours, flat",
+            "tvm",
+        },
+        ("StreamingLLM 1x32, sink 4", "attention of a token"): {
+            "ours, rotated when read",
+            "rotated apart",
+        },
+        ("cycles to 20", "resident memory"): set(),
+    }
+    for key, peers in beside.items():
+        assert set(rows[key].peers) == peers, key
+
+
+def test_the_peer_computes_what_ours_does() -> None:
+    """TVM's own cache, as the suite makes it: the same attention of the same tokens."""
+    import tvm
+
+    from tvm_flashinfer.bench.tvm_kv_cache import TVMKVCache
+    from tvm_flashinfer.kv_cache import KVCache
+
+    sizes = {
+        "num_qo_heads": 32,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "max_batch_size": 3,
+        "max_total_seq_len": 256,
+        "prefill_chunk_size": 64,
+    }
+    caches = [KVCache.create(num_layers=1, **sizes), TVMKVCache(**sizes)]
+    rng = np.random.default_rng(0)
+    outputs: list[list[np.ndarray]] = [[], []]
+    for ids, count in (([0], 40), ([1, 2], 1), ([1, 2], 1)):
+        qkv = rng.standard_normal((count * len(ids), 48, 128), dtype=np.float32)
+        for cache, found in zip(caches, outputs, strict=True):
+            if ids == [0]:
+                cache.add_sequence(0)
+            out = tvm.runtime.empty((len(qkv), 32, 128), "float32")
+            with cache.step(ids, [count] * len(ids)):
+                cache.attention_fused_qkv(0, tvm.runtime.tensor(qkv), out)
+            found.append(out.numpy())
+            if ids == [0]:
+                cache.fork_sequence(0, 1)
+                cache.fork_sequence(0, 2)
+    for ours, theirs in zip(*outputs, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)

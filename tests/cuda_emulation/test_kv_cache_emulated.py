@@ -100,6 +100,26 @@ def test_fork_copies_the_shared_page() -> None:
 
 
 @pytest.mark.usefixtures("on_emulator")
+@pytest.mark.parametrize("format", ["auto", "shared"])
+def test_forks_read_their_prefix_once(format: str) -> None:
+    """The tile grows until it holds the queries of all forks."""
+    twin = Twin(dims(num_layers=1))
+    twin.cache.use_format(format)
+    twin.add(0)
+    twin.forward([0], [60])
+    twin.forward([0], [60])
+    for child in range(1, 6):
+        twin.fork(0, child, 120 if child % 2 else 100)
+    for lengths in ([1] * 6, [1, 2, 1, 1, 3, 1], [1, 1, 1, 17, 1, 1]):
+        twin.forward([1, 3, 5, 0, 2, 4], lengths)
+        assert twin.cache.num_levels > 1
+    twin.cache.use_format("flat")
+    twin.forward([1, 3, 5, 0, 2, 4], [1] * 6)
+    assert twin.cache.num_levels == 1
+    twin.check()
+
+
+@pytest.mark.usefixtures("on_emulator")
 def test_windows_and_token_trees() -> None:
     twin = Twin(dims(sliding_window=True, num_layers=1))
     twin.add(0)

@@ -119,6 +119,67 @@ def test_learned_sinks() -> None:
     )
 
 
+def drive_forks(cache: KVCache, expected: Any) -> None:
+    """Forks of unequal lengths, whose queries stand at other positions under one shared prefix."""
+    rng = np.random.default_rng(0)
+    cache.use_format("shared")
+    past: dict[int, np.ndarray] = {0: np.zeros((2, 2, 0, KV_HEADS, DIM))}  # [layer, k or v, ...]
+
+    def step(ids: list[int], lengths: list[int]) -> None:
+        with cache.step(ids, lengths):
+            for layer in range(2):
+                q, k, v = (
+                    rng.standard_normal((sum(lengths), h, DIM), dtype=np.float32)
+                    for h in (HEADS, KV_HEADS, KV_HEADS)
+                )
+                out = tvm.runtime.empty(q.shape, "float32")
+                cache.attention(layer, *(tvm.runtime.tensor(x) for x in (q, k, v)), out)
+                begin = 0
+                for seq, count in zip(ids, lengths, strict=True):
+                    rows = slice(begin, begin + count)
+                    begin += count
+                    if layer == 0:
+                        room = np.zeros((2, 2, count, KV_HEADS, DIM))
+                        past[seq] = np.concatenate([past[seq], room], 2)
+                    past[seq][layer, :, -count:] = k[rows], v[rows]
+                    want = expected(layer, q[rows].astype(np.float64), *past[seq][layer])
+                    oracle.assert_close(out.numpy()[rows], want, 1e-5)
+
+    cache.add_sequence(0)
+    step([0], [60])
+    for child, position in ((1, 60), (2, 50), (3, 41)):
+        cache.fork_sequence(0, child, position)
+        past[child] = past[0][:, :, :position].copy()
+    step([3], [5])
+    for lengths in ([1, 1, 1, 1], [1, 2, 3, 1]):
+        step([2, 0, 3, 1], lengths)
+        assert cache.num_levels > 1
+
+
+def test_variants_see_each_query_where_it_stands() -> None:
+    slope = np.array([0.5, 0.1, 0.0, 2.0], np.float32)
+    sink = np.array([0.0, 3.0, -2.0, 1.0], np.float32)
+
+    def windowed(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        def logits(x: np.ndarray, at: np.ndarray, key: np.ndarray) -> np.ndarray:
+            hidden = layer == 1 and key <= at - 9
+            return np.where(hidden, -np.inf, 1.5 * np.tanh(x / 1.5))
+
+        return attend(q, k, v, logits)
+
+    drive_forks(
+        made(variants.alibi, {"slope": slope}),
+        lambda layer, q, k, v: attend(
+            q, k, v, lambda x, at, key: x + slope[:, None, None] * (key - at)
+        ),
+    )
+    drive_forks(made(variants.soft_cap, {"cap": 1.5}, window_layers=[1], layer_window=9), windowed)
+    drive_forks(
+        made(variants.learned_sink, {"sink": sink}),
+        lambda layer, q, k, v: attend(q, k, v, lambda x, at, key: x, sink.astype(np.float64)),
+    )
+
+
 @pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "int8"])
 def test_narrow_pools(kv_dtype: str) -> None:
     """New keys are divided by their scales and rounded, what is read is multiplied."""

@@ -55,6 +55,7 @@ SUITES = {
     "generate": "whole models: latency between tokens, attention's share, prefill",
     "schedule": "what a plan costs beside a plain sort of as many work items",
     "passes": "whole graphs with their attention rewritten, beside TVM's default pipeline",
+    "kv-cache": "the KV cache beside TVM's own: steps, shared prompts, windows, memory",
     "linear": "linear layers beside numpy, PyTorch and TVM's own code",
 }
 

@@ -59,6 +59,9 @@ struct PlanBounds {
   int32_t max_tile_tokens = 1;   //!< largest query tile, in tokens
   int32_t max_splits = 4;        //!< chunks the scheduler may cut per worker, to balance
   int32_t max_fixed_chunks = 0;  //!< > 0: most chunks of a row in batch-invariant plans
+  //! Of max_levels: prefixes that the scheduler itself may share (compose.h) ...
+  int32_t max_prefix_levels = 0;
+  int32_t max_prefix_q_tokens = 0;  //!< ... and query tokens that may share them
 };
 
 /*! \brief Sections of the plan, in buffer order. */
@@ -92,6 +95,7 @@ struct PlanLayout {
   int64_t offset[kNumSections];
   int64_t size[kNumSections];
   int64_t total;  //!< int32 elements of the whole buffer
+  int64_t max_tiles;
   int64_t max_items;
   int64_t max_partials;  //!< rows of the partial-state workspace
 
@@ -106,15 +110,23 @@ struct PlanLayout {
    * Every tile holds at least one token, so a level has at most max_q_tokens tiles. The scheduler
    * cuts the KV of all tiles and heads into at most num_workers * max_splits further chunks. A cut
    * tile with n chunks stores n states per token, n <= 2 (n - 1); composable formats add one state
-   * per level. With a fixed chunk, every tile may have max_fixed_chunks.
+   * per level. With a fixed chunk, every tile may have max_fixed_chunks. Levels that the scheduler
+   * adds itself hold at most max_prefix_q_tokens.
    */
   static PlanLayout Make(const PlanBounds& b) {
     PlanLayout l;
-    const int64_t tiles = int64_t{b.max_levels} * b.max_q_tokens;
+    const int64_t prefix_tiles = int64_t{b.max_prefix_levels} * b.max_prefix_q_tokens;
+    const int64_t given_levels = b.max_levels - b.max_prefix_levels;
+    const int64_t tiles = given_levels * b.max_q_tokens + prefix_tiles;
+    l.max_tiles = tiles;
     // Per KV head; every head of a tile is cut alike.
     int64_t cuts = (int64_t{b.num_workers} * b.max_splits + b.num_kv_heads - 1) / b.num_kv_heads;
     l.max_partials = 2 * cuts * b.max_tile_tokens;
-    if (b.max_levels > 1) l.max_partials += tiles;
+    if (given_levels > 1) {
+      l.max_partials += tiles;
+    } else if (b.max_prefix_levels > 0) {
+      l.max_partials += prefix_tiles + b.max_prefix_q_tokens;
+    }
     if (b.max_fixed_chunks > 0) {
       if (cuts < tiles * (b.max_fixed_chunks - 1)) cuts = tiles * (b.max_fixed_chunks - 1);
       if (l.max_partials < tiles * b.max_fixed_chunks) l.max_partials = tiles * b.max_fixed_chunks;

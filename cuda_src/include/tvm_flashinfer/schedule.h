@@ -28,6 +28,7 @@ struct LayoutLevel {
   const int32_t* kv_indices = nullptr;      //!< [kv_indptr[num_rows]]
   const int32_t* last_block_len = nullptr;  //!< [num_rows] tokens in a row's last page
   const int32_t* kv_position = nullptr;     //!< [num_rows], or null: every row starts at 0
+  const int32_t* tile_tokens = nullptr;     //!< [num_rows], or null: that of the batch
 };
 
 /*! \brief What a batch needs planned. */
@@ -41,6 +42,7 @@ struct ScheduleInput {
   /*! Positions of the query tokens; null: bottom-right, the last query sits on the last KV token.
    */
   const int32_t* q_position = nullptr;
+  const int32_t* request_ids = nullptr;  //!< [num_requests] what variants call it; null: its index
   bool causal = true;
   int32_t window_left = -1;    //!< >= 0: a query sees this many tokens before itself
   int32_t attention_sink = 0;  //!< first tokens that a window never hides
@@ -100,9 +102,8 @@ class Scheduler {
  public:
   explicit Scheduler(const PlanBounds& bounds)
       : bounds_(bounds), layout_(PlanLayout::Make(bounds)) {
-    const int64_t tiles = int64_t{bounds.max_levels} * bounds.max_q_tokens;
     const int64_t chunks = layout_.max_items / bounds.num_kv_heads;
-    tiles_.resize(tiles);
+    tiles_.resize(layout_.max_tiles);
     chunks_.resize(chunks);
     keys_.resize(chunks);
     heap_.resize(bounds.num_workers);
@@ -203,19 +204,21 @@ class Scheduler {
       int64_t section_kv = 0;  // of the rows so far that have more than one tile
       for (int32_t row = 0; row < level.num_rows; ++row) {
         const int32_t kv_len = RowKVLen(level, row, in.page_size);
+        if (kv_len == 0 && l + 1 < in.num_levels) continue;  // no state
         const int32_t section =
             in.section_kv > 0 ? static_cast<int32_t>(section_kv / in.section_kv) : 0;
         if (level.qo_indptr[row + 1] - level.qo_indptr[row] > in.tile_tokens) {
           section_kv += int64_t{kv_len} * bounds_.num_kv_heads;
         }
         const int32_t position = level.kv_position == nullptr ? 0 : level.kv_position[row];
-        for (int32_t q = level.qo_indptr[row]; q < level.qo_indptr[row + 1]; q += in.tile_tokens) {
+        const int32_t tile = level.tile_tokens == nullptr ? in.tile_tokens : level.tile_tokens[row];
+        for (int32_t q = level.qo_indptr[row]; q < level.qo_indptr[row + 1]; q += tile) {
           Tile t;
           t.row = row;
           t.level = l;
           t.section = section;
           t.q_begin = q;
-          t.q_count = std::min(in.tile_tokens, level.qo_indptr[row + 1] - q);
+          t.q_count = std::min(tile, level.qo_indptr[row + 1] - q);
           t.kv_begin = 0;
           t.kv_end = kv_len;
           if (in.causal || in.window_left >= 0) {
@@ -229,6 +232,8 @@ class Scheduler {
             }
           }
           t.weight = std::max<int64_t>(in.compute_rows, int64_t{t.q_count} * in.group);
+          Require(PlanSection::kItems, (num_tiles_ + 1) * bounds_.num_kv_heads,
+                  layout_.max_tiles * bounds_.num_kv_heads);
           tiles_[num_tiles_++] = t;
         }
       }
@@ -566,7 +571,7 @@ class Scheduler {
       q_indptr[r] = in.qo_indptr[r];
       kv_len[r] = in.kv_len[r];
       for (int32_t t = in.qo_indptr[r]; t < in.qo_indptr[r + 1]; ++t) {
-        q_request[t] = r;
+        q_request[t] = in.request_ids != nullptr ? in.request_ids[r] : r;
         q_position[t] = QPosition(in, r, t);
       }
     }

@@ -30,6 +30,8 @@ class PlanBounds(ctypes.Structure):
             "max_tile_tokens",
             "max_splits",
             "max_fixed_chunks",
+            "max_prefix_levels",
+            "max_prefix_q_tokens",
         )
     ]
 
