@@ -347,7 +347,8 @@ def _softmax_element(
             element = element.args[0]
         elif isinstance(element, Apply) and element.op == "where":
             condition, when_true, when_false = element.args
-            if when_true != Const(0.0) or not _all_hidden(view, condition, binding.value.args[0]):
+            hidden = _all_hidden(view, condition, binding.value.args[0])
+            if when_true != Const(0.0) or not (hidden or _is_nan(condition, var)):
                 raise NotProvenError("the softmax result is selected by a condition")
             element, safe = when_false, True
         else:
@@ -356,6 +357,16 @@ def _softmax_element(
     if not element.tensor.same_as(var) or not exponential:
         raise NotProvenError("the values are multiplied with something else than the softmax")
     return element, safe
+
+
+def _is_nan(condition: Element, softmax: Any) -> bool:
+    """Whether ``condition`` reads: the weight is NaN, as it is in rows without keys (the "safe
+    softmax" of torch's ONNX exporter; scores that are NaN themselves stay NaN here).
+    """
+    if not isinstance(condition, Apply) or condition.op != "isnan":
+        return False
+    (weight,) = condition.args
+    return isinstance(weight, Load) and bool(weight.tensor.same_as(softmax))
 
 
 def _all_hidden(view: ElementView, condition: Element, scores: Any) -> bool:
