@@ -102,16 +102,6 @@ inline void Multiply32x32(const BFloat16* a, int64_t a_stride, const BFloat16* b
   _tile_stored(3, c + kRows * c_stride + kRows, c_bytes);
 }
 
-/*! \brief Two rows of 16 floats, rounded to bfloat16, as one row of pairs. */
-inline void StorePairs(BFloat16* to, VFloat even, VFloat odd) {
-  VInt low, high;
-  std::memcpy(&low, &even, sizeof(low));
-  std::memcpy(&high, &odd, sizeof(high));
-  // Half up: ties away from even are as good for probabilities, and need no second addition.
-  const VInt pairs = (((low + 0x8000) >> 16) & 0xffff) | ((high + 0x8000) & ~0xffff);
-  std::memcpy(to, &pairs, sizeof(pairs));
-}
-
 /*! \brief A 16 x 16 matrix of 32-bit words, transposed in registers. */
 inline void Transpose16x16(__m512i (&r)[16]) {
   __m512i t[16];

@@ -363,7 +363,8 @@ class FewRows {
             const auto second = LoadPairs(v[n + t + 1] + d + j * kLanes);
             const auto low = InterleaveLow(first, second), high = InterleaveHigh(first, second);
             for (int r = 0; r < kRows; ++r) {
-              const auto pair = BroadcastPair(weights + r * kPackTokens + t);
+              const auto pair = BroadcastWord(
+                  *reinterpret_cast<const BFloat16Pair*>(weights + r * kPackTokens + t));
               acc[r][j] = Dot(acc[r][j], low, pair);
               acc[r][j + 1] = Dot(acc[r][j + 1], high, pair);
             }

@@ -200,7 +200,8 @@ class ManyRowsAmx : ManyRowsBase<BFloat16, TKV, kDimQK, kDimVO, Variant, 128> {
       BFloat16* pairs = p_pairs_ + j * kLanes * 2;
       if constexpr (!Variant::kSoftmax) {
         for (int32_t n = 0; n < padded; n += 2) {
-          amx::StorePairs(pairs + n * kPanel, Load(s + n * kPanel), Load(s + (n + 1) * kPanel));
+          StorePairs(reinterpret_cast<BFloat16Pair*>(pairs + n * kPanel), Load(s + n * kPanel),
+                     Load(s + (n + 1) * kPanel));
         }
         continue;
       }
@@ -224,7 +225,7 @@ class ManyRowsAmx : ManyRowsBase<BFloat16, TKV, kDimQK, kDimVO, Variant, 128> {
         const VFloat odd = amx::Exp2(Load(s + (n + 1) * kPanel) * factor - shift);
         sum[0] += even;
         sum[1] += odd;
-        amx::StorePairs(pairs + n * kPanel, even, odd);
+        StorePairs(reinterpret_cast<BFloat16Pair*>(pairs + n * kPanel), even, odd);
       }
       Store(max_ + row, max);
       Store(sum_ + row, Load(sum_ + row) + (sum[0] + sum[1]));

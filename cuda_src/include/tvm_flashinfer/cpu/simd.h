@@ -212,37 +212,73 @@ inline VFloat ExpOfWeight(VFloat x) {
 #endif
 }
 
-/*! \brief tanh(x), through exp; odd, saturating. */
+/*! \brief tanh(x) within 4e-7 of it, relative: a rational function of least largest error. */
 inline VFloat Tanh(VFloat x) {
-  const VFloat a = Max(x, -x);
-  const VFloat e = Exp(-2.0f * a);
-  const VFloat large = (1.0f - e) / (1.0f + e);
-  const VFloat a2 = a * a;  // Taylor near zero, where 1 - e cancels
-  const VFloat small = a * (1.0f - a2 * (0.333333333f - a2 * 0.133333333f));
-  const VFloat t = Select(a < 0.08f, small, large);
-  return Select(x < 0.0f, -t, t);
+  constexpr float kOne = 9.0f;  // from here on the nearest float is 1
+  // In this order NaN passes through: a comparison with it is false.
+  const VFloat y = Min(Broadcast(kOne), Max(Broadcast(-kOne), x));
+  const VFloat y2 = y * y;
+  VFloat p = Broadcast(1.33546590e-08f);
+  p = p * y2 + 2.06090811e-05f;
+  p = p * y2 + 3.49558807e-03f;
+  p = p * y2 + 1.33810256e-01f;
+  p = p * y2 + 9.99999979e-01f;
+  VFloat q = Broadcast(7.77655745e-07f);
+  q = q * y2 + 3.28563471e-04f;
+  q = q * y2 + 2.58769820e-02f;
+  q = q * y2 + 4.67143412e-01f;
+  q = q * y2 + 1.0f;
+  return y * p / q;
 }
+
+/*! \brief Neighbours that are multiplied together. */
+struct BFloat16Pair {
+  BFloat16 low, high;
+};
+
+inline VFloat LoadWords(const float* p) { return Load(p); }
+inline VInt LoadWords(const BFloat16Pair* p) {
+  VInt v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline VFloat BroadcastWord(float x) { return Broadcast(x); }
+inline VInt BroadcastWord(BFloat16Pair x) {
+  int32_t word;
+  std::memcpy(&word, &x, sizeof(word));
+  return Broadcast(word);
+}
+
+/*! \brief Two vectors rounded to bfloat16, as pairs. */
+inline void StorePairs(BFloat16Pair* to, VFloat low, VFloat high) {
+  VInt low_bits, high_bits;
+  std::memcpy(&low_bits, &low, sizeof(low_bits));
+  std::memcpy(&high_bits, &high, sizeof(high_bits));
+  // Half up: ties away from even are as good for probabilities, and need no second addition.
+  const VInt pairs = (((low_bits + 0x8000) >> 16) & 0xffff) | ((high_bits + 0x8000) & ~0xffff);
+  std::memcpy(to, &pairs, sizeof(pairs));
+}
+
+inline VFloat Dot(VFloat acc, VFloat a, VFloat b) { return acc + a * b; }
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
 /*! Sums of two products a lane are one instruction. */
 #define TVM_FLASHINFER_BF16_DOT 1
 inline constexpr bool kBf16Dot = true;
 
-inline __m512i LoadPairs(const BFloat16* p) { return _mm512_loadu_si512(p); }
+inline VInt LoadPairs(const BFloat16* p) { return (VInt)_mm512_loadu_si512(p); }
 
 /*! \brief acc[i] += a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1], of bfloat16 elements. */
-inline VFloat Dot(VFloat acc, __m512i a, __m512i b) {
-  return (VFloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+inline VFloat Dot(VFloat acc, VInt a, VInt b) {
+  return (VFloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);
 }
 
 /*! \brief Four neighbours of `a` and of `b` in turn, from each eight: the first four, the last. */
-inline __m512i InterleaveLow(__m512i a, __m512i b) { return _mm512_unpacklo_epi16(a, b); }
-inline __m512i InterleaveHigh(__m512i a, __m512i b) { return _mm512_unpackhi_epi16(a, b); }
-
-inline __m512i BroadcastPair(const BFloat16* p) {
-  int32_t pair;
-  std::memcpy(&pair, p, sizeof(pair));
-  return _mm512_set1_epi32(pair);
+inline VInt InterleaveLow(VInt a, VInt b) {
+  return (VInt)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
+}
+inline VInt InterleaveHigh(VInt a, VInt b) {
+  return (VInt)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
 }
 
 /*! \brief To nearest, ties to even. */
