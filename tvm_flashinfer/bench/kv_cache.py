@@ -343,7 +343,7 @@ def _rotated_apart(batch: int, window: int, frequencies: Any) -> Call:
     def call(turn: int) -> None:
         rotate(q, cos[-1], sin[-1], rotated_q)
         rotate(k, cos, sin, rotated_k)
-        attention.run(rotated_q, (rotated_k, v), out=out)
+        attention.run(rotated_q, rotated_k, v, out=out)
 
     return call
 
