@@ -18,7 +18,8 @@ class AttentionSite:
     fields hold what was found up to there.  ``views`` are q, k and v, read with strides from the
     tensors that the model's projections made, and ``scale`` is what multiplies their products.
     ``frame`` has the index variables that ``logits`` and ``mask`` are formulas over.  ``product``
-    is the result, ``out_index`` the index in it by (batch, head, query, element).
+    is the result, ``out_index`` the index in it by (batch, head, query, element).  ``rope`` says
+    whether a KV cache rotates queries and keys ("fused"), or why the graph does.
     """
 
     name: str
@@ -40,6 +41,7 @@ class AttentionSite:
     out_index: tuple[Any, ...] = ()
     out_element: Any = None
     names: tuple[str, ...] = ()
+    rope: str = ""
 
     @property
     def recognised(self) -> bool:

@@ -188,6 +188,8 @@ class ElementView:
             return self._clipped(bound, index, stop)
         if name == "index_tensor":
             return self._indexed(bound, index, stop) or Load(expr, index)
+        if name == "matmul" and (product := self._outer(bound, index, stop)) is not None:
+            return product
         if name not in ELEMENTWISE:
             return Load(expr, index)
         args = tuple(
@@ -196,11 +198,31 @@ class ElementView:
         origin = Load(expr, index) if isinstance(expr, relax.Var) else None
         return Apply(name, args, dtype_of(bound), origin)
 
+    def _outer(
+        self, call: relax.Call, index: Sequence[Any], stop: Callable[[Any], bool]
+    ) -> Element | None:
+        """A ``matmul`` that sums over one element is a product, as of positions and frequencies."""
+        a, b = call.args
+        left, right = shape_of(a), shape_of(b)
+        if not left or not right or min(len(left), len(right)) < 2 or not is_one(left[-1]):
+            return None
+        zero = tirx.IntImm("int64", 0)
+        lead = index[:-2]
+        places = ((a, left, (index[-2], zero)), (b, right, (zero, index[-1])))
+        args = []
+        for x, shape, last in places:
+            outer = lead[len(lead) - (len(shape) - 2) :]
+            first = tuple(zero if is_one(n) else i for n, i in zip(shape[:-2], outer, strict=True))
+            args.append(self.at(x, (*first, *last), stop))
+        return Apply("multiply", tuple(args), dtype_of(call))
+
     def through_layout(self, call: Any, index: Sequence[Any]) -> tuple[Any, tuple[Any, ...]] | None:
         """If ``call`` only moves elements: its source and the index there; else None."""
         if isinstance(call, relax.TupleGetItem):
             return self._part_of_split(call, index)
         name = op_name(call)
+        if name in ("concat", "stack"):
+            return self._part_of_join(call, name, index)
         rule = _LAYOUT.get(name)
         if rule is None:
             return None
@@ -234,6 +256,33 @@ class ElementView:
         moved = list(index)
         moved[axis] = self.analyzer.simplify(index[axis] + first)
         return source, tuple(moved)
+
+    def _part_of_join(
+        self, call: relax.Call, name: str, index: Sequence[Any]
+    ) -> tuple[Any, tuple[Any, ...]] | None:
+        """Which tensor of a ``concat`` or ``stack`` an element is of, where that is proven."""
+        fields = self.graph.resolve(call.args[0])
+        if not isinstance(fields, relax.Tuple):
+            return None
+        axis = 0 if call.attrs.axis is None else axis_of(call.attrs.axis, len(index))
+        place = self.analyzer.simplify(index[axis])
+        if name == "stack":
+            which = static_int(place)
+            rest = (*index[:axis], *index[axis + 1 :])
+            return None if which is None else (fields.fields[which], tuple(rest))
+        begin: Any = 0
+        for field in fields.fields:
+            shape = shape_of(field)
+            if shape is None:
+                return None
+            end = begin + shape[axis]
+            inside = tirx.all(place >= begin, place < end)
+            if self.analyzer.can_prove(inside):
+                moved = list(index)
+                moved[axis] = self.analyzer.simplify(place - begin)
+                return field, tuple(moved)
+            begin = end
+        return None
 
     def _triangle(
         self, call: relax.Call, name: str, index: Sequence[Any], stop: Callable[[Any], bool]

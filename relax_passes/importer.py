@@ -40,10 +40,12 @@ from relax_passes.frontend import WrapIndices, undecomposed_convert_map
 #: ``model_type`` of the models that are known to give the logits of transformers.
 SUPPORTED_FAMILIES = (
     "bloom",
+    "cohere",
     "falcon",
     "gemma",
     "gemma2",
     "gemma3_text",
+    "glm",
     "gpt2",
     "gpt_neox",
     "granite",

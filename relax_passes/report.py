@@ -25,6 +25,7 @@ class SiteReport:
     dtype: str
     rewritten: bool
     reason: str
+    rope: str = ""
 
 
 @dataclass
@@ -67,4 +68,5 @@ def _row(layer: int, site: AttentionSite, rewritten: bool, reason: str) -> SiteR
         dtype=site.dtype,
         rewritten=rewritten,
         reason=reason,
+        rope=site.rope,
     )

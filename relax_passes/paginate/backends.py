@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import tvm
 from tvm import relax
 
@@ -88,8 +89,9 @@ class Ours:
     def create(self, builder: relax.BlockBuilder, sizes: list[Any], shape: CacheShape) -> Any:
         # The cache itself is made for a group without a window, if there is one.
         base = min(self.members, key=lambda group: group.window > 0)
+        rotates = base.rotation is not None
         cache = relax.call_pure_packed(
-            "tvm_flashinfer.kv_cache_create",
+            "tvm_flashinfer.kv_cache_create" + ("_rope" if rotates else ""),
             relax.ShapeExpr(sizes),
             relax.ShapeExpr([0, shape.layers]),
             relax.ShapeExpr(
@@ -97,20 +99,34 @@ class Ours:
             ),
             relax.ExternFunc(self.symbol(base)),
             relax.op.zeros((), shape.dtype),
+            *_rotation(base),
             ty_args=relax.AnyType(),
         )
         for group, layers in self.members.items():
             if group is base and not group.window:
                 continue
             cache = relax.call_pure_packed(
-                "tvm_flashinfer.kv_cache_with_layers",
+                "tvm_flashinfer.kv_cache_with_layers" + ("_rope" if group.rotation else ""),
                 builder.emit(cache),
                 relax.ShapeExpr(layers),
                 relax.ExternFunc(self.symbol(group)),
                 relax.prim_value(group.window),
+                *_rotation(group),
                 ty_args=relax.AnyType(),
             )
         return cache
+
+
+def _rotation(group: Group) -> list[Any]:
+    """Frequencies, magnitude and whether pairs are neighbours, as creation functions take them."""
+    if group.rotation is None:
+        return []
+    frequencies = np.asarray(group.rotation.frequencies, np.float32)
+    return [
+        relax.const(frequencies, "float32"),
+        _float(group.rotation.magnitude),
+        relax.prim_value(int(group.rotation.interleaved)),
+    ]
 
 
 class Tir:

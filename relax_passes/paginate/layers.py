@@ -21,6 +21,7 @@ from relax_passes.logits import Logits, NotProvenError
 from relax_passes.output_view import OutputView, find_output
 from relax_passes.paginate.tokenwise import PaginateError
 from relax_passes.prim import mentions, substitute
+from relax_passes.rope import FuseRoPE, Rotation
 from relax_passes.views import StridedView, strides
 from tvm_flashinfer.jit import AttentionSpec
 from tvm_flashinfer.variant import Variant
@@ -52,19 +53,22 @@ class Rows:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers with one kernel.  ``window`` is how many tokens a query sees, itself included; 0: all.
+    """Layers that are alike.
 
-    ``variant`` includes the window.
+    ``window`` is how many tokens a query sees, itself included, 0 being all of them, and is part of
+    ``variant``.  ``rotation`` is what the cache does to queries and keys.
     """
 
     variant: str | Variant
     window: int
+    rotation: Rotation | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for groups that are alike."""
         variant = self.variant
-        return (variant if isinstance(variant, str) else (variant.cpp, variant.name), self.window)
+        kernel = variant if isinstance(variant, str) else (variant.cpp, variant.name)
+        return kernel, self.window, self.rotation
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,16 @@ class Layer:
 
 
 def make_layers(
-    graph: Graph, sites: Sequence[AttentionSite], length: Any, max_seq_len: int | None
+    graph: Graph,
+    sites: Sequence[AttentionSite],
+    length: Any,
+    max_seq_len: int | None,
+    *,
+    fuse_rope: bool = True,
 ) -> list[Layer]:
     """The layers of a model, in the order of its graph.
+
+    With ``fuse_rope`` rotations that are proven are the cache's; each site says so.
 
     Raises
     ------
@@ -106,12 +117,13 @@ def make_layers(
     if not sites:
         raise PaginateError("the function has no attention.")
     view = ElementView(graph)
+    rope = FuseRoPE(view) if fuse_rope else None
     layers: list[Layer] = []
     groups: dict[Any, Group] = {}
     for number, site in enumerate(sites):
         where = f"attention {number} ({site.name!r})"
         try:
-            layer = _layer(view, site, number, length, max_seq_len)
+            layer = _layer(view, site, number, length, max_seq_len, rope)
         except NotProvenError as why:
             raise PaginateError(f"{where} is left alone: {why}.") from None
         group = groups.setdefault(layer.group.key, layer.group)
@@ -120,7 +132,12 @@ def make_layers(
 
 
 def _layer(
-    view: ElementView, site: AttentionSite, number: int, length: Any, max_seq_len: int | None
+    view: ElementView,
+    site: AttentionSite,
+    number: int,
+    length: Any,
+    max_seq_len: int | None,
+    rope: FuseRoPE | None,
 ) -> Layer:
     if not site.recognised:
         raise NotProvenError(f"it is not proven: {site.reason}")
@@ -133,15 +150,34 @@ def _layer(
         raise NotProvenError("its batch is not 1")
     at = site.frame.at
     q, k, v = site.operands
-    rows = (
-        _rows(view, site, q, at.s, "queries", grouped=False),
-        _rows(view, site, k, at.t, "keys", grouped=True),
-        _rows(view, site, v, at.t, "values", grouped=True),
-    )
-    dtypes = {operand.dtype for operand in site.operands}
-    if len(dtypes) > 1:
-        raise NotProvenError(f"it mixes the dtypes {', '.join(sorted(dtypes))}")
     group, derived = _variant(view, site, length, max_seq_len)
+    value_rows = _rows(view, site, v, at.t, "values", grouped=True)
+    fused = rope.rotated(q, k, at.s, at.t) if rope is not None else "not asked for"
+    rows = None
+    if isinstance(fused, str):
+        site.rope = fused
+    else:
+        before_q, before_k, rotation = fused
+        try:
+            if {before_q.dtype, before_k.dtype} != {v.dtype}:
+                raise NotProvenError("queries and keys have another dtype before their rotation")
+            rows = (
+                _rows(view, site, before_q, at.s, "queries", grouped=False),
+                _rows(view, site, before_k, at.t, "keys", grouped=True),
+                value_rows,
+            )
+            group, site.rope = replace(group, rotation=rotation), "fused"
+        except NotProvenError as why:
+            site.rope = str(why)
+    if rows is None:
+        rows = (
+            _rows(view, site, q, at.s, "queries", grouped=False),
+            _rows(view, site, k, at.t, "keys", grouped=True),
+            value_rows,
+        )
+        dtypes = {operand.dtype for operand in site.operands}
+        if len(dtypes) > 1:
+            raise NotProvenError(f"it mixes the dtypes {', '.join(sorted(dtypes))}")
     return Layer(
         site,
         number,

@@ -44,8 +44,9 @@ class PaginateAttention:
             return logits                                   # [1, 1, V] float32
 
     and likewise ``prefill`` [1, n] -> [1, 1, V], ``batch_prefill`` [1, n] with ``logit_positions``
-    [b] -> [1, b, V], ``batch_decode`` [b, 1] -> [b, 1, V], ``create_kv_cache``.  Other functions
-    of the module stay; ``main`` is replaced.
+    [b] -> [1, b, V], ``batch_decode`` [b, 1] -> [b, 1, V], ``batch_verify`` [1, n] -> [1, n, V]
+    (the logits of every token, as of the nodes of token trees), and ``create_kv_cache``.  Other
+    functions of the module stay; ``main`` is replaced.
 
     Every attention becomes a layer of the cache, its kernel compiled for the variant that its graph
     is: soft-cap, sliding window, ALiBi, biases that positions decide.  Queries, keys and values are
@@ -69,6 +70,8 @@ class PaginateAttention:
         The longest sequence: a sliding window at least as long as this is no restriction.
     prefill_chunk_size, max_batch : int
         Upper bounds for memory planning.
+    fuse_rope : bool
+        Let the cache rotate queries and keys where that is proven equal (see ``FuseRoPE``).
     strict : bool
         Whether a model that can't be made stateful is an error; else the module is left as it was,
         with the reason in the report.
@@ -98,6 +101,7 @@ class PaginateAttention:
         max_seq_len: int | None = None,
         prefill_chunk_size: int = 512,
         max_batch: int = 8,
+        fuse_rope: bool = True,
         strict: bool = True,
         report: Report | None = None,
         progress: Callable[[str], None] | None = None,
@@ -114,6 +118,7 @@ class PaginateAttention:
         self.max_seq_len = max_seq_len
         self.chunk = prefill_chunk_size
         self.batch = max_batch
+        self.fuse_rope = fuse_rope
         self.strict = strict
         self.report = report if report is not None else Report()
         self.progress = progress
@@ -154,7 +159,13 @@ class PaginateAttention:
         sites += find_sites(func)
         graph = Graph(func)
         length = sequence_length(token)
-        layers = make_layers(graph, sites, length, self.max_seq_len)
+        layers = make_layers(
+            graph,
+            sites,
+            length,
+            self.max_seq_len,
+            fuse_rope=self.fuse_rope and self.backend == "ours",
+        )
         shape = _cache_shape(layers)
         axes = TokenAxes(graph, layers, length, {**dict.fromkeys(weights), token: 1})
         kernels: list[Any] = []
@@ -172,12 +183,13 @@ class PaginateAttention:
             if target is None:
                 raise PaginateError("the TIR backend needs a target.")
             return Tir(layers, target)
-        symbols = {}
+        symbols: dict[Any, str] = {}
         for layer in layers:
             if layer.group not in symbols:
                 kernel = self._build(layer, target)
+                new = kernel.symbol not in symbols.values()
                 symbols[layer.group] = kernel.symbol
-                if self.build is None:
+                if new and self.build is None:
                     kernels.append(
                         tvm.runtime.load_static_library(kernel.object_path, [kernel.symbol])
                     )

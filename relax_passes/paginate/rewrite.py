@@ -35,12 +35,12 @@ class Signature:
 
 
 def signatures(chunk: int, batch: int) -> list[Signature]:
-    """prefill, decode, batch_prefill, batch_decode; bounds are for memory planning."""
+    """The functions of a paginated module; bounds are for memory planning."""
 
     def var(name: str) -> Any:
         return tvm.tirx.Var(name, "int64")
 
-    n, m, rows, b = var("n"), var("n"), var("b"), var("b")
+    n, m, rows, b, v = var("n"), var("n"), var("b"), var("b"), var("n")
     return [
         Signature("prefill", (1, n), n, 1, (1, 1), "last", {"n": chunk}),
         Signature("decode", (1, 1), 1, 1, (1, 1), "all", {}),
@@ -48,6 +48,7 @@ def signatures(chunk: int, batch: int) -> list[Signature]:
             "batch_prefill", (1, m), m, rows, (1, rows), "positions", {"n": chunk, "b": batch}
         ),
         Signature("batch_decode", (b, 1), b, b, (b, 1), "all", {"b": batch}),
+        Signature("batch_verify", (1, v), v, v, (1, v), "all", {"n": chunk}),
     ]
 
 

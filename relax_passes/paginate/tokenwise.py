@@ -374,6 +374,15 @@ def _concat(axes: TokenAxes, call: relax.Call, _name: str) -> int | None:
     return axis
 
 
+def _stack(axes: TokenAxes, call: relax.Call, _name: str) -> int | None:
+    axis = axes._of(call.args[0])
+    fields = axes.graph.resolve(call.args[0])
+    if axis is None or not isinstance(fields, relax.Tuple):
+        return axis
+    new = axis_of(call.attrs.axis or 0, _rank(fields.fields[0]) + 1)
+    return axis + (new <= axis)
+
+
 def _split(axes: TokenAxes, call: relax.Call, _name: str) -> int | None:
     axis = axes._of(call.args[0])
     if axis is not None and axis_of(call.attrs.axis, _rank(call.args[0])) == axis:
@@ -496,6 +505,7 @@ _RULES: dict[str, Callable[[TokenAxes, relax.Call, str], int | None]] = {
     "flatten": _reshape,
     "broadcast_to": _broadcast_to,
     "concat": _concat,
+    "stack": _stack,
     "split": _split,
     "strided_slice": _strided_slice,
     "take": _take,

@@ -38,10 +38,17 @@ class Driver:
             self.state("add_sequence", sequence)
 
     def run(
-        self, name: str, sequences: Sequence[int], lengths: Sequence[int], ids: Any, *extra: Any
+        self,
+        name: str,
+        sequences: Sequence[int],
+        lengths: Sequence[int],
+        ids: Any,
+        *extra: Any,
+        trees: Sequence[int] | None = None,
     ) -> np.ndarray:
         """Feed tokens of ``sequences``; returns the logits."""
-        self.state("begin_forward", tvm_ffi.Shape(sequences), tvm_ffi.Shape(lengths))
+        parents = [] if trees is None else [tvm_ffi.Shape(trees)]
+        self.state("begin_forward", tvm_ffi.Shape(sequences), tvm_ffi.Shape(lengths), *parents)
         arrays = [tvm.runtime.tensor(np.asarray(a, "int32")) for a in (ids, *extra)]
         logits = self.vm[name](*arrays, self.cache, self.params)
         self.state("end_forward")

@@ -113,6 +113,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "qwen3_moe": ({**_GROUPED, **_EXPERTS, "num_experts": 4}, ["softmax"] * 2, ["causal"] * 2),
     "stablelm": ({**_PLAIN, "num_key_value_heads": 2}, ["softmax"] * 2, ["causal"] * 2),
     "smollm3": ({**_GROUPED, "no_rope_layers": [1, 0]}, ["softmax"] * 2, ["causal"] * 2),
+    "cohere": (_GROUPED, ["softmax"] * 2, ["causal"] * 2),
+    "glm": (_GROUPED, ["softmax"] * 2, ["causal"] * 2),
     "olmo2": (_GROUPED, ["softmax"] * 2, ["causal"] * 2),
     "granite": ({**_GROUPED, "attention_multiplier": 0.3}, ["softmax"] * 2, ["causal"] * 2),
     "starcoder2": (
