@@ -311,7 +311,7 @@ def bench(
         Path | None, typer.Option(metavar="DIR", help="Draw PNG charts here (matplotlib).")
     ] = None,
 ) -> None:
-    """Measure a suite (generate, linear) against its peers and its floor."""
+    """Measure a suite against its peers and its floor: attention, kv-cache, generate, …"""
     from .bench import run_bench
 
     run_bench(suite, device=device, threads=threads, cases=cases, json_file=json_file, plot=plot)
