@@ -121,61 +121,6 @@ def test_only_wanted_logits_are_computed(paginated: tvm.IRModule) -> None:
     assert "R.Tensor((1, n," not in after.partition("strided_slice")[2].replace("lv", "")
 
 
-def test_a_models_own_past_is_the_caches(driver: Callable[[Any], Any], tokens: np.ndarray) -> None:
-    """A graph that takes positions, past keys and values, and returns new ones."""
-    from transformers import DynamicCache
-
-    model = make("llama")
-    model.set_attn_implementation("eager")
-
-    class WithPast(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(
-            self, input_ids: Any, position_ids: Any, k0: Any, v0: Any, k1: Any, v1: Any
-        ) -> Any:
-            past = (k0, v0, k1, v1)
-            cache = DynamicCache()
-            for layer in range(2):
-                cache.update(past[2 * layer], past[2 * layer + 1], layer)
-            ones = torch.ones(1, past[0].shape[2] + input_ids.shape[1], dtype=torch.long)
-            out = self.model(
-                input_ids=input_ids,
-                attention_mask=ones,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            new = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
-            return (out.logits, *new)
-
-    length, past = (
-        torch.export.Dim("length", min=2, max=64),
-        torch.export.Dim("past", min=2, max=64),
-    )
-    ids, kv = torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 2, 5, 32)
-    example = (ids, 5 + torch.arange(8)[None], *[kv] * 4)
-    shapes = ({1: length}, {1: length}, *[{2: past}] * 4)
-    with torch.no_grad():
-        program = torch.export.export(WithPast(), example, dynamic_shapes=shapes)
-    module = from_exported_program(program, keep_params_as_input=True)
-    module["main"] = module["main"].without_attr("params")
-    imported = import_causal_lm(model)
-    imported.module = module
-    imported.params = {n: p.detach().numpy() for n, p in program.named_parameters()}
-    positions = module["main"].params[1].name
-    compiled = compile_causal_lm(
-        imported,
-        max_batch=4,
-        max_seq_len=MAX_SEQ_LEN,
-        prefill_chunk_size=32,
-        position_inputs=[positions],
-    )
-    check(driver(compiled), full_forward(model, tokens), tokens, tolerance=2e-6)
-
-
 def test_token_trees_are_verified(driver: Callable[[Any], Any], tokens: np.ndarray) -> None:
     """Every node of a tree gets the logits of its own path."""
     model = make("llama")

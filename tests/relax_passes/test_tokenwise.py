@@ -150,3 +150,27 @@ def test_no_attention() -> None:
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match="'ours' and 'tir'"):
         PaginateAttention("theirs")
+
+
+def test_a_past_among_the_inputs_is_the_caches() -> None:
+    """As exported with past keys and values: what is new is appended to them."""
+    seq, past = tirx.Var("seq_len", "int64"), tirx.Var("past_len", "int64")
+    ids, table = tensor("input_ids", 1, seq, dtype="int64"), tensor("table", VOCAB, WIDTH)
+    kv = [tensor(name, 1, HEADS, past, DIM) for name in ("past_k", "past_v")]
+
+    def body(g: Graph, ids: Any, past_k: Any, past_v: Any, table: Any) -> Any:
+        flat = g.reshape(g.astype(ids, "int32"), [seq])
+        x = g.reshape(g.take(table, flat, axis=0), [1, seq, WIDTH])
+        new = g.permute_dims(g.reshape(x, [1, seq, HEADS, DIM]), [0, 2, 1, 3])
+        k, v = g.concat([past_k, new], 2), g.concat([past_v, new], 2)
+        query = g.expand_dims(g.arange(past, past + seq, 1, "int64"), 1)
+        key = g.expand_dims(g.arange(0, past + seq, 1, "int64"), 0)
+        weights = g.softmax(masked(g, scores(g, new, k), g.less_equal(key, query)))
+        out = g.permute_dims(g.matmul(weights, v), [0, 2, 1, 3])
+        hidden = g.add(x, g.reshape(out, [1, seq, WIDTH]))
+        return g.matmul(hidden, g.permute_dims(table)), k, v
+
+    module = tvm.IRModule({"main": build(body, ids, *kv, table, num_input=3)})
+    made, plain = paginate(module), paginate(model())
+    for name in ("prefill", "decode", "batch_prefill", "batch_decode", "batch_verify"):
+        tvm.ir.assert_structural_equal(made[name], plain[name], map_free_vars=True)
