@@ -4,18 +4,14 @@ scheduled by dlight, a decoding step captured."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import tvm
 from tvm import relax
 
-#: What TVM's CUDA runtime asks of the driver's library. A machine without a driver gets a library
-#: of that name that fails each call: TVM compiles for a GPU only where its runtime loads.
-_DRIVER = "libcuda.so.1"
+from tvm_flashinfer._cuda import load_cuda_runtime
 
 
 def lower_pipeline(
@@ -90,46 +86,3 @@ def toolchain(target: tvm.target.Target) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def load_cuda_runtime(*, allow_stub: bool = False) -> None:
-    """Load ``libtvm_runtime_cuda.so``, which importing tvm does not do.
-
-    Raises
-    ------
-    OSError
-        There is no CUDA driver, and ``allow_stub`` is False: nothing could run.
-    """
-    library = Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"
-    if not library.is_file() or tvm.get_global_func("device_api.cuda", allow_missing=True):
-        return  # another build of TVM, with CUDA inside
-    try:
-        ctypes.CDLL(_DRIVER, ctypes.RTLD_GLOBAL)
-    except OSError:
-        if not allow_stub:
-            raise
-        ctypes.CDLL(str(_driver_stub(library)), ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-
-
-def _driver_stub(library: Path) -> Path:
-    """A library with the driver's name and the functions that ``library`` asks of it."""
-    from tvm_flashinfer.jit import cache_dir, find_compiler
-
-    folder = cache_dir() / f"cuda_driver_stub_{tvm.__version__}"
-    stub = folder / _DRIVER
-    if stub.is_file():
-        return stub
-    folder.mkdir(parents=True, exist_ok=True)
-    symbols = subprocess.run(
-        ["nm", "-D", "-u", str(library)], capture_output=True, text=True, check=True
-    ).stdout.split()
-    names = sorted({name for name in symbols if name.startswith("cu") and name[2:3].isupper()})
-    no_device = 100  # CUDA_ERROR_NO_DEVICE
-    source = folder / "stub.c"
-    source.write_text("".join(f"int {name}(void) {{ return {no_device}; }}\n" for name in names))
-    made = folder / f"stub.{os.getpid()}.so"
-    command = [find_compiler(), "-x", "c", "-shared", "-fPIC", f"-Wl,-soname,{_DRIVER}"]
-    subprocess.run([*command, "-o", str(made), str(source)], check=True)
-    os.replace(made, stub)
-    return stub

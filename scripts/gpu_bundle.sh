@@ -2,7 +2,8 @@
 # Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
 #
 # Compiles what scripts/gpu_check.sh runs, on a machine with nvcc, TVM and torch but no GPU, into
-# build/gpu_bundle (some 20 MB): the attention modules for sm_80 and sm_90a, compiled models, and
+# build/gpu_bundle (some 20 MB): the attention modules for sm_80 and sm_90a, kernel tables of the variants,
+# compiled models, and
 # TVM's runtime. Copy the tree with that folder to the GPU machine: nothing is compiled there.
 #
 #   scripts/gpu_bundle.sh [FOLDER]        PYTHON_TAG=312: Python of the GPU machine
@@ -16,6 +17,7 @@ export TVM_FLASHINFER_GPU_BUILD="$(realpath "$folder")" PYTHONPATH=tests/gpu
 for arch in 80 90a; do
   TVM_FLASHINFER_GPU_ARCH=$arch "$python" tests/gpu/modules.py
 done
+"$python" tests/gpu/kernels.py
 "$python" tests/gpu/models.py "$folder/models" --arch sm_90a
 # TVM as it runs a compiled model: its Python and its runtime, without the compiler.
 "$python" - "$folder/packages/tvm.tar.xz" <<'PY'

@@ -23,9 +23,15 @@ import numpy as np
 import tvm_ffi
 from numpy.typing import NDArray
 
-from tvm_flashinfer import _library
+from tvm_flashinfer import _cuda, _library, jit_cuda
 from tvm_flashinfer._tensors import as_tensor, empty_like
-from tvm_flashinfer.jit import AttentionSpec, Progress, build_attention, load_kernel
+from tvm_flashinfer.jit import (
+    AttentionSpec,
+    KernelArtifact,
+    Progress,
+    build_attention,
+    load_kernel,
+)
 from tvm_flashinfer.layout import BlockSparseLayout
 from tvm_flashinfer.variant import Variant, params_of
 
@@ -44,15 +50,24 @@ def _packed(name: str) -> tvm_ffi.Function:
     return tvm_ffi.get_global_func(f"tvm_flashinfer.{name}")
 
 
+def _build(spec: AttentionSpec, device: tuple[str, int], progress: Progress) -> KernelArtifact:
+    kind, index = device
+    if kind == "cpu":
+        return build_attention(spec, progress=progress)
+    return jit_cuda.build_attention(spec, arch=_cuda.device_arch(index), progress=progress)
+
+
 @functools.cache
-def _kernel(spec: AttentionSpec) -> tvm_ffi.Function:
-    return load_kernel(build_attention(spec, progress=_say))
+def _kernel(spec: AttentionSpec, device: tuple[str, int]) -> tvm_ffi.Function:
+    return load_kernel(_build(spec, device, _say))
 
 
-def _kernel_of(spec: AttentionSpec, progress: Progress | None) -> tvm_ffi.Function:
+def _kernel_of(
+    spec: AttentionSpec, device: tuple[str, int], progress: Progress | None
+) -> tvm_ffi.Function:
     if progress is not None:
-        build_attention(spec, progress=progress)
-    return _kernel(spec)
+        _build(spec, device, progress)
+    return _kernel(spec, device)
 
 
 class BatchAttention:
@@ -90,6 +105,12 @@ class BatchAttention:
         Workers to balance for; 0 takes the threads of TVM's pool.
     max_splits : int
         Chunks the scheduler may cut per worker.
+    device : str
+        ``cpu``, ``cuda`` or ``cuda:N``: where tensors lie and attention runs. Layouts, slots and
+        positions are in host memory on either. On CUDA the dtype is float16 or bfloat16, runs are
+        launched on torch's current stream, and every query tile takes memory when it is first
+        planned. A captured :meth:`run` replays later plans of the same tile, of which a batch of
+        decoding requests always takes the smallest.
     progress : callable, optional
         Told, in a sentence, when a kernel is compiled; by default standard error is.
 
@@ -118,6 +139,7 @@ class BatchAttention:
         max_fixed_chunks: int = 0,
         num_workers: int = 0,
         max_splits: int = 4,
+        device: str = "cpu",
         progress: Progress | None = None,
     ) -> None:
         head_dim_vo = head_dim_qk if head_dim_vo is None else head_dim_vo
@@ -140,8 +162,10 @@ class BatchAttention:
         ]
         heads = [num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo]
         create = _packed("batch_attention_create")
-        kernel = _kernel_of(self.spec, progress)
-        self.handle = create(kernel, tvm_ffi.Shape(bounds), tvm_ffi.Shape(heads), kv_layout)
+        self._device = _cuda.parse_device(device)
+        kernel = _kernel_of(self.spec, self._device, progress)
+        shapes = tvm_ffi.Shape(bounds), tvm_ffi.Shape(heads)
+        self.handle = create(kernel, *shapes, kv_layout, self._device[1])
 
     def plan(
         self,
@@ -190,16 +214,17 @@ class BatchAttention:
             for level in layout.levels
         ]
         position = layout.q_position
-        _packed("batch_attention_plan")(
-            self.handle,
-            tvm_ffi.from_dlpack(layout.qo_indptr),
-            tvm_ffi.from_dlpack(layout.kv_len),
-            levels,
-            layout.page_size,
-            None if position is None else tvm_ffi.from_dlpack(position),
-            fixed_chunk,
-            per_worker_queues,
-        )
+        with _cuda.on_torch_stream(self._device):
+            _packed("batch_attention_plan")(
+                self.handle,
+                tvm_ffi.from_dlpack(layout.qo_indptr),
+                tvm_ffi.from_dlpack(layout.kv_len),
+                levels,
+                layout.page_size,
+                None if position is None else tvm_ffi.from_dlpack(position),
+                fixed_chunk,
+                per_worker_queues,
+            )
 
     def run(
         self,
@@ -259,11 +284,12 @@ class BatchAttention:
             sm_scale,
             as_tensor("out", out),
         )
-        if lse is None:
-            _packed("batch_attention_run")(*operands)
-            return out
-        _packed("batch_attention_run_with_lse")(*operands, as_tensor("lse", lse))
-        return out, lse
+        with _cuda.on_torch_stream(self._device):
+            if lse is None:
+                _packed("batch_attention_run")(*operands)
+                return out
+            _packed("batch_attention_run_with_lse")(*operands, as_tensor("lse", lse))
+            return out, lse
 
     def set_params(self, params: Mapping[str, Any]) -> None:
         """Set the variant's parameters by name, as ``params`` of :meth:`run`."""
@@ -293,7 +319,7 @@ class BatchAttention:
         positions : int32 tensor [tokens], optional
             Positions of the tokens in their requests, for a variant that rotates keys.
         """
-        _packed("batch_attention_append")(
+        operands = (
             self.handle,
             as_tensor("k_new", k_new),
             as_tensor("v_new", v_new),
@@ -302,6 +328,8 @@ class BatchAttention:
             None if v is None else as_tensor("v", v),
             None if positions is None else as_tensor("positions", positions),
         )
+        with _cuda.on_torch_stream(self._device):
+            _packed("batch_attention_append")(*operands)
 
     def section(self, name: str) -> NDArray[np.int32]:
         """A copy of one section of the current plan, int32; the names are those of ``plan.h``.
@@ -403,6 +431,7 @@ def attention(
             len(layout.levels),
         ),
         kv_layout,
+        _device_of(q_tensor),
     )
     with _SHARED_LOCK:
         batch.plan(layout)
@@ -420,9 +449,18 @@ def _rounded(bound: int) -> int:
     return 1 << max(0, bound - 1).bit_length()
 
 
+def _device_of(tensor: tvm_ffi.Tensor) -> str:
+    device = tensor.device
+    return f"cuda:{device.index}" if device.type == "cuda" else "cpu"
+
+
 @functools.lru_cache(maxsize=8)
 def _shared_batch(
-    spec: AttentionSpec, heads: tuple[int, int], bounds: tuple[int, int, int, int], kv_layout: str
+    spec: AttentionSpec,
+    heads: tuple[int, int],
+    bounds: tuple[int, int, int, int],
+    kv_layout: str,
+    device: str,
 ) -> BatchAttention:
     rows, tokens, pages, levels = bounds
     return BatchAttention(
@@ -438,6 +476,7 @@ def _shared_batch(
         max_q_tokens=tokens,
         max_kv_pages=pages,
         max_levels=levels,
+        device=device,
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from ._library import include_dir
 from .jit import (
     BUILTIN_VARIANTS,
+    CPP_POOL_TYPES,
     AttentionSpec,
     CompilerError,
     KernelArtifact,
@@ -31,7 +32,8 @@ from .jit import glue_source as _cpu_glue_source
 CPP_TYPES = {"float16": "tvm_flashinfer::Float16", "bfloat16": "tvm_flashinfer::BFloat16"}
 #: Heads above this leave no room for the large tile's registers.
 LARGE_HEAD_DIM = 128
-MAX_HEAD_DIM = 256
+#: Values above this are shared by several warps, evenly, and so are multiples of 64.
+WIDE_HEAD_DIM = 256
 MIN_ARCH = 80
 #: What a first compile usually takes, for the progress message.
 USUAL_SECONDS = 40
@@ -67,38 +69,48 @@ def row_tiles(spec: AttentionSpec) -> tuple[int, ...]:
     return (16, 64, 128) if small else (16, 64)
 
 
-def kernel_source(spec: AttentionSpec, table: str) -> str:
-    """CUDA C++ that instantiates the template and returns its table from ``table()``."""
-    for name in ("q_dtype", "kv_dtype"):
-        if getattr(spec, name) not in CPP_TYPES:
-            raise ValueError(
-                f"{name} is {getattr(spec, name)!r}, CUDA kernels take {' or '.join(CPP_TYPES)}"
-            )
-    if spec.q_dtype != spec.kv_dtype:
-        raise ValueError(
-            f"kv_dtype is {spec.kv_dtype!r}, CUDA kernels take that of the queries, "
-            f"{spec.q_dtype!r}"
-        )
+def check_spec(spec: AttentionSpec) -> None:
+    """ValueError, naming the argument, unless CUDA kernels take it."""
+    if spec.q_dtype not in CPP_TYPES:
+        raise ValueError(f"q_dtype is {spec.q_dtype!r}, CUDA kernels take {' or '.join(CPP_TYPES)}")
     for name in ("head_dim_qk", "head_dim_vo"):
         dim = getattr(spec, name)
-        if dim % 16 or dim > MAX_HEAD_DIM:
+        step = 32 if spec.kv_dtype == "int4" else 16
+        if dim % step:
             raise ValueError(
-                f"{name} is {dim}, CUDA kernels take multiples of 16 up to {MAX_HEAD_DIM}"
+                f"{name} is {dim}, CUDA kernels take multiples of {step}"
+                + (" over a pool of int4" if step == 32 else "")
             )
-    if not isinstance(spec.variant, str):
+    if max(spec.head_dim_qk, spec.head_dim_vo) > WIDE_HEAD_DIM and spec.head_dim_vo % 64:
         raise ValueError(
-            f"variant is {spec.variant.name!r}, CUDA kernels take {' or '.join(BUILTIN_VARIANTS)}"
+            f"head_dim_vo is {spec.head_dim_vo}, CUDA kernels take multiples of 64 where a head "
+            f"exceeds {WIDE_HEAD_DIM}"
         )
-    variant, causal = BUILTIN_VARIANTS[spec.variant]
-    tiles = ", ".join(map(str, row_tiles(spec)))
+
+
+def kernel_source(spec: AttentionSpec, table: str, tiles: tuple[int, ...] = ()) -> str:
+    """CUDA C++ that instantiates the template and returns its table from ``table()``.
+
+    ``tiles`` are other query tiles than ``row_tiles(spec)``.
+    """
+    check_spec(spec)
+    if isinstance(spec.variant, str):
+        variant, causal = BUILTIN_VARIANTS[spec.variant]
+        declaration, params = "", ""
+    else:
+        variant, causal = "Variant", spec.variant.causal
+        declaration = f"namespace {{\n{spec.variant.cpp}}}  // namespace\n\n"
+        params = ", Variant::DeclaredParams(), Variant::kNumParams"
+    rows = ", ".join(map(str, tiles or row_tiles(spec)))
     return f"""#include <tvm_flashinfer/cuda/kernel_table.cuh>
 
-using Kernel = tvm_flashinfer::cuda::KernelTable<
-    {CPP_TYPES[spec.q_dtype]}, {spec.head_dim_qk}, {spec.head_dim_vo},
-    {variant}, {tiles}>;
+{declaration}using Kernel = tvm_flashinfer::cuda::KernelTable<
+    {CPP_TYPES[spec.q_dtype]}, {CPP_POOL_TYPES[spec.kv_dtype]},
+    {spec.head_dim_qk}, {spec.head_dim_vo},
+    {variant}, {rows}>;
 
 __attribute__((visibility("hidden"))) const tvm_flashinfer::CudaKernel* {table}() {{
-  return Kernel::Get({"true" if causal else "false"});
+  return Kernel::Get({"true" if causal else "false"}{params});
 }}
 """
 
@@ -139,7 +151,8 @@ def build_attention(
     Parameters
     ----------
     spec : AttentionSpec
-        float16 or bfloat16, head sizes that are multiples of 16 up to 256, a built-in variant.
+        float16 or bfloat16 queries over a pool of any dtype, head sizes that are multiples of 16
+        (values of 64, where a head exceeds 256), any variant.
     arch : str
         As TVM's target says it: ``sm_80``, ``sm_90a`` ...
     progress : callable, optional
@@ -274,7 +287,8 @@ def build_linear_row(dtype: str, *, arch: str, progress: Progress | None = None)
 
 
 def _flags(arch: str) -> list[str]:
-    flags = ["-std=c++17", "-O3", "-cudart", "none"]
+    # A variant's text is one for the host's checks and the device: nvcc says so at every call.
+    flags = ["-std=c++17", "-O3", "-cudart", "none", "-diag-suppress=20011,128"]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     if arch == "90a":  # told to the host compiler too, which launches what the device compiler made
         flags.append("-DTVM_FLASHINFER_SM90A")

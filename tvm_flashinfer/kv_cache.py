@@ -26,7 +26,7 @@ from typing import Any
 import tvm
 import tvm_ffi
 
-from . import _library, variants
+from . import _cuda, _library, jit_cuda, variants
 from .jit import AttentionSpec, Progress, build_attention, load_kernel
 from .rope import RopeConfig
 from .variant import Variant, params_of
@@ -37,6 +37,21 @@ def _function(name: str) -> Any:
     """A packed function by name; ours exist once the library is loaded."""
     _library.load()
     return tvm.get_global_func(name)
+
+
+def _kernel_maker(
+    device: str, mcpu: str, progress: Progress | None
+) -> tuple[Callable[[AttentionSpec], Any], Any]:
+    """What makes the kernel of a spec for a device, and the device as TVM's."""
+    kind, index = _cuda.parse_device(device)
+    if kind == "cpu":
+        return lambda spec: load_kernel(
+            build_attention(spec, mcpu=mcpu, progress=progress)
+        ), tvm.cpu(0)
+    arch = _cuda.device_arch(index)
+    return lambda spec: load_kernel(
+        jit_cuda.build_attention(spec, arch=arch, progress=progress)
+    ), tvm.cuda(index)
 
 
 class KVCache:
@@ -78,9 +93,10 @@ class KVCache:
         variant: Variant | None = None,
         variant_params: Mapping[str, Any] | None = None,
         mcpu: str = "native",
+        device: str = "cpu",
         progress: Progress | None = None,
     ) -> KVCache:
-        """Make an empty cache on the CPU, compiling its attention kernel unless it is cached.
+        """Make an empty cache, compiling its attention kernel unless it is cached.
 
         Parameters
         ----------
@@ -117,6 +133,9 @@ class KVCache:
             position up to ``max_total_seq_len``, that it indexes.
         mcpu : str
             The CPU to compile the kernel for.
+        device : str
+            ``cpu``, ``cuda`` or ``cuda:N``: where the pool, operands and outputs lie. On CUDA the
+            dtype is float16 or bfloat16.
         progress : callable, optional
             Told, in a sentence, when a compile starts.
 
@@ -132,7 +151,8 @@ class KVCache:
         values = params_of(variant, variant_params or {}, "variant_params")
         plain: str | Variant = "causal" if variant is None else variant
         spec = AttentionSpec(dtype, pool_dtype, head_dim, dim_vo, plain)
-        kernel = load_kernel(build_attention(spec, mcpu=mcpu, progress=progress))
+        make, where = _kernel_maker(device, mcpu, progress)
+        kernel = make(spec)
         bounds = (max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, sliding_window)
         create = "tvm_flashinfer.kv_cache_create"
         rotation: tuple[Any, ...] = ()
@@ -145,7 +165,7 @@ class KVCache:
             tvm_ffi.Shape((first_layer, first_layer + num_layers)),
             tvm_ffi.Shape((num_qo_heads, num_kv_heads, head_dim, dim_vo)),
             kernel,
-            tvm.runtime.empty((0,), pool_dtype),
+            tvm.runtime.empty((0,), pool_dtype, where),
             *rotation,
         )
         if inline_rope:
@@ -157,7 +177,7 @@ class KVCache:
                 handle,
                 tvm_ffi.Shape(window_layers),
                 layer_window,
-                load_kernel(build_attention(windowed, mcpu=mcpu, progress=progress)),
+                make(windowed),
             )
         if variant is not None:
             handle = _function("tvm_flashinfer.kv_cache_with_variant")(handle, values)
@@ -180,6 +200,7 @@ class KVCache:
         dtype: str = "float32",
         first_layer: int = 0,
         mcpu: str = "native",
+        device: str = "cpu",
         progress: Progress | None = None,
     ) -> KVCache:
         """Make a cache of latent attention (DeepSeek-V2, section 2.1), which keeps one row a token.
@@ -200,13 +221,14 @@ class KVCache:
             AttentionSpec(dtype, dtype, row, latent_dim),
             AttentionSpec(dtype, dtype, own_head_dim, own_head_dim_vo),
         )
-        kernels = [load_kernel(build_attention(s, mcpu=mcpu, progress=progress)) for s in specs]
+        make, where = _kernel_maker(device, mcpu, progress)
+        kernels = [make(spec) for spec in specs]
         handle = _function("tvm_flashinfer.kv_cache_create_mla")(
             tvm_ffi.Shape((max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, 0)),
             tvm_ffi.Shape((first_layer, first_layer + num_layers)),
             tvm_ffi.Shape((num_qo_heads, 1, row, latent_dim)),
             kernels[0],
-            tvm.runtime.empty((0,), dtype),
+            tvm.runtime.empty((0,), dtype, where),
             num_qo_heads,
             kernels[1],
         )
@@ -557,10 +579,12 @@ def _create_as_tvm(*args: Any) -> Any:
             "or 1 (mla) in every layer"
         )
     dtype = str(init.dtype)
+    on = init.device
+    make, _ = _kernel_maker(f"cuda:{on.index}" if on.type == "cuda" else "cpu", "native", None)
 
     def kernel(variant: str | Variant = "causal", dims: Sequence[int] = ()) -> Any:
         qk, vo = dims or (int(head_dim_qk), int(head_dim_vo))
-        return load_kernel(build_attention(AttentionSpec(dtype, dtype, qk, vo, variant)))
+        return make(AttentionSpec(dtype, dtype, qk, vo, variant))
 
     sliding = [layer for layer, kind in kinds.items() if kind == _MHA_SLIDING]
     sizes = list(bounds)

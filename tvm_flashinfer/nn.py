@@ -106,8 +106,6 @@ class PagedKVCache(kv_cache.PagedKVCache):
             self.extern_mods.append(_library(artifact))
             return relax.ExternFunc(artifact.symbol)
 
-        if device == "cuda" and set(kinds) != {"mha"}:
-            raise ValueError(f"attn_kind is {attn_kind!r}: on cuda this cache serves 'mha'")
         windowed = [layer for layer, kind in enumerate(kinds) if kind == "mha_sliding"]
         bounds = [max_batch_size, max_total_seq_len, prefill_chunk_size, page_size]
         # Layers have the windows then: MLC's engine asks for both, and means this.

@@ -17,19 +17,6 @@ using tvm::ffi::Tensor;
 //! Lengths and positions stay below this, so that sums of two fit an int32.
 constexpr int64_t kMaxPosition = int64_t{1} << 30;
 
-PlanBounds Derive(PlanBounds bounds, const BatchAttentionConfig& config,
-                  const KernelTraits& kernel) {
-  bounds.num_kv_heads = config.num_kv_heads;
-  bounds.max_tile_tokens =
-      std::max(1, kernel.row_tiles[1] / (config.num_qo_heads / config.num_kv_heads));
-  if (bounds.num_workers == 0) bounds.num_workers = CpuExecutor::NumThreads();
-  const int64_t total = PlanLayout::Make(bounds).total;
-  TVM_FLASHINFER_CHECK(total <= INT32_MAX, ValueError)
-      << "argument `bounds` asks for a plan of " << total << " int32, at most " << INT32_MAX
-      << " are addressable: lower max_q_tokens, max_levels, max_fixed_chunks or max_kv_pages";
-  return bounds;
-}
-
 void CheckLengths(ArgName arg, const IndexVector& values) {
   for (int64_t i = 0; i < values.size; ++i) {
     TVM_FLASHINFER_CHECK(values[i] >= 0 && values[i] <= kMaxPosition, ValueError)
@@ -141,21 +128,14 @@ ElementIndex<Interval> ElementsOf(const ScheduleInput& in, int64_t num_qo_heads,
 BatchAttentionObj::BatchAttentionObj(const BatchAttentionConfig& config, KernelHandle kernel)
     : config_(config),
       kernel_(std::move(kernel)),
-      scheduler_(Derive(config.bounds, config, *kernel_)),
-      executor_(kernel_,
-                std::max(kernel_->row_tiles[1], config.num_qo_heads / config.num_kv_heads)),
+      backend_(BatchBackend::Make(config, kernel_)),
       levels_(config.bounds.max_levels) {
-  const PlanLayout& layout = scheduler_.layout();
-  for (auto& plan : plans_) plan.resize(layout.total);
-  const int64_t states = layout.max_partials * config.num_qo_heads;
-  o_partial_.reset(new float[states * config.head_dim_vo]);
-  softmax_partial_.reset(new float[2 * states]);
   slots_.resize(config.bounds.max_q_tokens);
 }
 
 BatchAttentionObj::Planned BatchAttentionObj::ReadRequest(const PlanRequest& request,
                                                           ScheduleInput* in) {
-  const PlanBounds& bounds = scheduler_.bounds();
+  const PlanBounds& bounds = config_.bounds;
   Planned planned;
   planned.page_size = request.page_size;
   TVM_FLASHINFER_CHECK(request.page_size >= 1 && request.page_size <= kMaxPosition, ValueError)
@@ -203,12 +183,8 @@ BatchAttentionObj::Planned BatchAttentionObj::ReadRequest(const PlanRequest& req
   in->page_size = static_cast<int32_t>(request.page_size);
   in->causal = kernel_->causal != 0;
   in->group = config_.num_qo_heads / config_.num_kv_heads;
-  // A tile never leaves its row, and the kernel picks its path by the rows a tile really has: the
-  // largest tile is right for decode rows too, and doesn't depend on the rest of the batch.
-  in->tile_tokens = bounds.max_tile_tokens;
   in->kv_align = kernel_->kv_align;
   in->fixed_chunk = static_cast<int32_t>(request.fixed_chunk);
-  in->shared_queue = !request.per_worker_queues;
   planned.visited.elements = ElementsOf(*in, config_.num_qo_heads, config_.num_kv_heads);
   planned.visited.q_rows = {0, std::max<int64_t>(planned.num_tokens, 1) - 1};
   planned.visited.kv_slots = {0, (int64_t{planned.max_page} + 1) * planned.page_size - 1};
@@ -219,14 +195,12 @@ BatchAttentionObj::Planned BatchAttentionObj::ReadRequest(const PlanRequest& req
 void BatchAttentionObj::Plan(const PlanRequest& request) {
   ScheduleInput in;
   const Planned planned = ReadRequest(request, &in);
-  const int32_t next = current_ ^ 1;
   try {
-    scheduler_.Plan(in, plans_[next].data());
+    backend_->Plan(&in, request.per_worker_queues);
   } catch (const PlanOverflow& overflow) {
     TVM_FFI_THROW(ValueError) << overflow.what() << ": create the BatchAttention with a larger "
                               << BoundOf(overflow.section());
   }
-  current_ = next;
   planned_ = planned;
   ++plan_count_;
 }
@@ -239,14 +213,14 @@ BatchAttentionObj::Pools BatchAttentionObj::CheckPools(const PoolTensors& pool) 
         << "argument `v` is missing: keys and values share a tensor only where head_dim_qk, "
         << config_.head_dim_qk << ", equals head_dim_vo, " << config_.head_dim_vo;
     return {CheckPool({"k"}, pool.k, type, config_.order, PoolPart::kKeysOfBoth, heads,
-                      config_.head_dim_qk),
+                      config_.head_dim_qk, config_.device),
             CheckPool({"k"}, pool.k, type, config_.order, PoolPart::kValuesOfBoth, heads,
-                      config_.head_dim_vo)};
+                      config_.head_dim_vo, config_.device)};
   }
-  const Pools pools{
-      CheckPool({"k"}, pool.k, type, config_.order, PoolPart::kAlone, heads, config_.head_dim_qk),
-      CheckPool({"v"}, pool.v.value(), type, config_.order, PoolPart::kAlone, heads,
-                config_.head_dim_vo)};
+  const Pools pools{CheckPool({"k"}, pool.k, type, config_.order, PoolPart::kAlone, heads,
+                              config_.head_dim_qk, config_.device),
+                    CheckPool({"v"}, pool.v.value(), type, config_.order, PoolPart::kAlone, heads,
+                              config_.head_dim_vo, config_.device)};
   TVM_FLASHINFER_CHECK(pools.k.num_pages == pools.v.num_pages, ValueError)
       << "argument `v` has " << pools.v.num_pages << " pages, argument `k` has "
       << pools.k.num_pages << ": they go together";
@@ -262,8 +236,8 @@ void BatchAttentionObj::Run(const TensorView& q, const PoolTensors& pool, double
       << "nothing is planned: call plan before run";
   const int64_t tokens = planned_.num_tokens;
   const DLDataType type = ToDLDataType(kernel_->q_type);
-  const TokenView q_view =
-      CheckTokens({"q"}, q, type, tokens, config_.num_qo_heads, config_.head_dim_qk, false);
+  const TokenView q_view = CheckTokens({"q"}, q, type, tokens, config_.num_qo_heads,
+                                       config_.head_dim_qk, false, config_.device);
   const Pools pools = CheckPools(pool);
   if (planned_.max_page >= 0) {
     TVM_FLASHINFER_CHECK(pools.k.page_size == planned_.page_size, ValueError)
@@ -275,21 +249,19 @@ void BatchAttentionObj::Run(const TensorView& q, const PoolTensors& pool, double
   }
   TVM_FLASHINFER_CHECK(std::isfinite(static_cast<float>(sm_scale)), ValueError)
       << "argument `sm_scale` is " << sm_scale << ", expected a finite float32";
-  const TokenView o_view =
-      CheckTokens({"out"}, o, type, tokens, config_.num_qo_heads, config_.head_dim_vo, true);
+  const TokenView o_view = CheckTokens({"out"}, o, type, tokens, config_.num_qo_heads,
+                                       config_.head_dim_vo, true, config_.device);
   AttentionParams params{};
   params.variant_params = variant_args_.Get(*kernel_, planned_.visited, plan_count_);
   if (lse.has_value()) {
     TVM_FLASHINFER_CHECK(kernel_->softmax != 0, ValueError)
         << "argument `lse`: the variant has no softmax, and so no log-sum-exp";
-    params.lse = CheckLse({"lse"}, lse.value(), tokens, config_.num_qo_heads);
+    params.lse = CheckLse({"lse"}, lse.value(), tokens, config_.num_qo_heads, config_.device);
   }
   params.q = q_view.data;
   params.k = pools.k.data;
   params.v = pools.v.data;
   params.o = o_view.data;
-  params.o_partial = o_partial_.get();
-  params.softmax_partial = softmax_partial_.get();
   params.q_token_stride = q_view.token_stride;
   params.q_head_stride = q_view.head_stride;
   params.o_token_stride = o_view.token_stride;
@@ -300,8 +272,7 @@ void BatchAttentionObj::Run(const TensorView& q, const PoolTensors& pool, double
   params.num_qo_heads = config_.num_qo_heads;
   params.num_kv_heads = config_.num_kv_heads;
   params.sm_scale = static_cast<float>(sm_scale);
-  params.plan = PlanView::Make(plans_[current_].data(), scheduler_.layout(), scheduler_.bounds());
-  executor_.Run(params);
+  backend_->Run(&params);
 }
 
 void BatchAttentionObj::Append(const TensorView& k_new, const TensorView& v_new,
@@ -314,10 +285,10 @@ void BatchAttentionObj::Append(const TensorView& k_new, const TensorView& v_new,
       << "max_q_tokens = " << slots_.size();
   const DLDataType type = ToDLDataType(kernel_->q_type);
   const int32_t heads = config_.num_kv_heads;
-  const TokenView k_view =
-      CheckTokens({"k_new"}, k_new, type, tokens, heads, config_.head_dim_qk, false);
-  const TokenView v_view =
-      CheckTokens({"v_new"}, v_new, type, tokens, heads, config_.head_dim_vo, false);
+  const TokenView k_view = CheckTokens({"k_new"}, k_new, type, tokens, heads, config_.head_dim_qk,
+                                       false, config_.device);
+  const TokenView v_view = CheckTokens({"v_new"}, v_new, type, tokens, heads, config_.head_dim_vo,
+                                       false, config_.device);
   const Pools pools = CheckPools(pool);
   const int64_t places = pools.k.num_pages * pools.k.page_size;
   for (int64_t i = 0; i < tokens; ++i) {
@@ -331,23 +302,8 @@ void BatchAttentionObj::Append(const TensorView& k_new, const TensorView& v_new,
   if (kernel_->stores) {
     args = CheckStore(tokens, positions, places, &position);
   }
-  const auto append = [&](const TokenView& source, const PoolView& to, bool values) {
-    AppendParams params{};
-    params.source = source.data;
-    params.source_token_stride = source.token_stride;
-    params.source_head_stride = source.head_stride;
-    params.pool = to.data;
-    params.strides = to.strides;
-    params.slots = slots_.data();
-    params.page_size = static_cast<int32_t>(to.page_size);
-    params.num_heads = heads;
-    params.positions = position;
-    params.variant_params = args;
-    params.values = values;
-    executor_.Append(params, static_cast<int32_t>(tokens));
-  };
-  append(k_view, pools.k, false);
-  append(v_view, pools.v, true);
+  backend_->Append({k_view, v_view, pools.k, pools.v, static_cast<int32_t>(tokens), slots_.data(),
+                    position, args});
 }
 
 const VariantArgs* BatchAttentionObj::CheckStore(int64_t tokens,
@@ -371,13 +327,13 @@ const VariantArgs* BatchAttentionObj::CheckStore(int64_t tokens,
 }
 
 Tensor BatchAttentionObj::Section(const std::string& name) const {
-  const PlanLayout& layout = scheduler_.layout();
+  const PlanLayout& layout = backend_->layout();
   for (int32_t i = 0; i < PlanLayout::kNumSections; ++i) {
     const auto section = static_cast<PlanSection>(i);
     if (name != PlanSectionName(section)) continue;
     const auto copy =
         tvm::runtime::Tensor::Empty({layout.Size(section)}, {kDLInt, 32, 1}, {kDLCPU, 0});
-    std::copy_n(plans_[current_].data() + layout.Offset(section), layout.Size(section),
+    std::copy_n(backend_->plan() + layout.Offset(section), layout.Size(section),
                 static_cast<int32_t*>(copy->data));
     return copy;
   }

@@ -18,18 +18,10 @@
 #include <vector>
 
 #include "batch_attention_check.h"
-#include "cpu_executor.h"
+#include "batch_backend.h"
 #include "variant_args.h"
 
 namespace tvm_flashinfer {
-
-/*! \brief What a BatchAttention is made for. */
-struct BatchAttentionConfig {
-  PlanBounds bounds;  //!< num_kv_heads and max_tile_tokens are derived
-  int32_t num_qo_heads, num_kv_heads;
-  int32_t head_dim_qk, head_dim_vo;
-  PoolOrder order;
-};
 
 /*!
  * \brief One level of a layout, as tensors: {qo_indptr, kv_indptr, kv_indices, last_block_len,
@@ -68,7 +60,7 @@ class BatchAttentionObj : public tvm::ffi::Object {
 
   /*! \brief Parameters of the variant, for this and the following runs. */
   void SetParams(const tvm::ffi::Array<tvm::ffi::Any>& values) {
-    variant_args_.Bind(*kernel_, values);
+    variant_args_.Bind(*kernel_, values, config_.device);
   }
 
   /*!
@@ -82,8 +74,10 @@ class BatchAttentionObj : public tvm::ffi::Object {
 
   /*!
    * \brief Store new keys [tokens, KV heads, head_dim_qk] and values into the pool.
-   * \param slots int32 [tokens], page * page_size + place in the page; -1 drops the token.
-   * \param positions int32 [tokens], in their requests; null: 0, for variants that don't ask.
+   * \param slots int32 [tokens] on the CPU, page * page_size + place in the page; -1 drops the
+   * token.
+   * \param positions int32 [tokens] on the CPU, in their requests; null: 0, for variants that don't
+   * ask.
    */
   void Append(const TensorView& k_new, const TensorView& v_new, const TensorView& slots,
               const PoolTensors& pool, const tvm::ffi::Optional<TensorView>& positions);
@@ -114,15 +108,11 @@ class BatchAttentionObj : public tvm::ffi::Object {
 
   BatchAttentionConfig config_;
   KernelHandle kernel_;
-  Scheduler scheduler_;
-  CpuExecutor executor_;
+  std::unique_ptr<BatchBackend> backend_;
   std::vector<LayoutLevel> levels_;
-  std::vector<int32_t> plans_[2];  //!< double-buffered: a failed plan leaves the current one alone
-  int32_t current_ = 0;
   Planned planned_;
   int64_t plan_count_ = 0;
   BoundVariantArgs variant_args_;
-  std::unique_ptr<float[]> o_partial_, softmax_partial_;  //!< not cleared: most is never touched
   std::vector<int64_t> slots_;
 };
 

@@ -36,14 +36,27 @@ char* DataAt(const TensorView& t, int64_t elements = 0) {
   return static_cast<char*>(t.data_ptr()) + t.byte_offset() + elements * (t.dtype().bits / 8);
 }
 
-void CheckType(ArgName arg, const TensorView& t, DLDataType dtype) {
+struct DeviceName {
+  DLDevice device;
+};
+std::ostream& operator<<(std::ostream& out, const DeviceName& name) {
+  const DLDevice& d = name.device;
+  if (d.device_type == kDLCPU) return out << "the CPU";
+  if (d.device_type == kDLCUDA) return out << "CUDA device " << d.device_id;
+  return out << "device (" << static_cast<int>(d.device_type) << ", " << d.device_id << ")";
+}
+
+void CheckType(ArgName arg, const TensorView& t, DLDataType dtype, DLDevice device) {
   using tvm::ffi::DLDataTypeToString;
   TVM_FLASHINFER_CHECK(t.dtype() == dtype, TypeError)
       << "argument `" << arg << "` has dtype " << DLDataTypeToString(t.dtype()) << ", expected "
       << DLDataTypeToString(dtype);
-  TVM_FLASHINFER_CHECK(t.device().device_type == kDLCPU, ValueError)
-      << "argument `" << arg << "` is on device (" << static_cast<int>(t.device().device_type)
-      << ", " << t.device().device_id << "), expected the CPU";
+  const DLDevice given = t.device();
+  TVM_FLASHINFER_CHECK(given.device_type == device.device_type &&
+                           (device.device_type == kDLCPU || given.device_id == device.device_id),
+                       ValueError)
+      << "argument `" << arg << "` is on " << DeviceName{given} << ", expected "
+      << DeviceName{device};
   const auto address = reinterpret_cast<uintptr_t>(DataAt(t));
   TVM_FLASHINFER_CHECK(t.numel() == 0 || address % (dtype.bits / 8) == 0, ValueError)
       << "argument `" << arg << "` starts at an address that is not a multiple of its element size";
@@ -91,7 +104,7 @@ std::ostream& operator<<(std::ostream& out, const ArgName& arg) {
 }
 
 IndexVector CheckIndexVector(ArgName arg, const TensorView& t, int64_t size) {
-  CheckType(arg, t, {kDLInt, 32, 1});
+  CheckType(arg, t, {kDLInt, 32, 1}, {kDLCPU, 0});
   TVM_FLASHINFER_CHECK(t.ndim() == 1 && (size < 0 || t.size(0) == size), ValueError)
       << "argument `" << arg << "` has shape " << ShapeOf(t) << ", expected " << Extents{&size, 1};
   CheckUnitStride(arg, t);
@@ -111,8 +124,8 @@ void CheckIndptr(ArgName arg, const IndexVector& indptr) {
 }
 
 TokenView CheckTokens(ArgName arg, const TensorView& t, DLDataType dtype, int64_t tokens,
-                      int64_t heads, int64_t dim, bool written) {
-  CheckType(arg, t, dtype);
+                      int64_t heads, int64_t dim, bool written, DLDevice device) {
+  CheckType(arg, t, dtype, device);
   const int lead = t.ndim() - 2;
   const int64_t expected[] = {tokens, heads, dim};
   TVM_FLASHINFER_CHECK(lead >= 1 && LeadingExtent(t, lead) == tokens && t.size(lead) == heads &&
@@ -143,8 +156,8 @@ TokenView CheckTokens(ArgName arg, const TensorView& t, DLDataType dtype, int64_
   return view;
 }
 
-float* CheckLse(ArgName arg, const TensorView& t, int64_t tokens, int64_t heads) {
-  CheckType(arg, t, {kDLFloat, 32, 1});
+float* CheckLse(ArgName arg, const TensorView& t, int64_t tokens, int64_t heads, DLDevice device) {
+  CheckType(arg, t, {kDLFloat, 32, 1}, device);
   const int lead = t.ndim() - 1;
   const int64_t expected[] = {tokens, heads};
   TVM_FLASHINFER_CHECK(lead >= 1 && LeadingExtent(t, lead) == tokens && t.size(lead) == heads,
@@ -158,11 +171,11 @@ float* CheckLse(ArgName arg, const TensorView& t, int64_t tokens, int64_t heads)
 }
 
 PoolView CheckPool(ArgName arg, const TensorView& t, ElementType type, PoolOrder order,
-                   PoolPart part, int64_t heads, int64_t head_dim) {
+                   PoolPart part, int64_t heads, int64_t head_dim, DLDevice device) {
   const DLDataType bytes{kDLUInt, 8, 1}, dtype = ToDLDataType(type);
   const int64_t dim = StorageExtent(type, head_dim);
   // Frameworks without a narrow type of their own hold it as bytes.
-  CheckType(arg, t, dtype.bits == 8 && t.dtype() == bytes ? bytes : dtype);
+  CheckType(arg, t, dtype.bits == 8 && t.dtype() == bytes ? bytes : dtype, device);
   const int both = part == PoolPart::kAlone ? 0 : 1;
   const bool token_pages = both == 0 && t.ndim() == 3;
   const bool nhd = order == PoolOrder::kNHD;

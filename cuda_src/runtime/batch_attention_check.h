@@ -49,10 +49,11 @@ struct TokenView {
  * \param written Whether the run writes it: then its elements must not overlap.
  */
 TokenView CheckTokens(ArgName arg, const TensorView& t, DLDataType dtype, int64_t tokens,
-                      int64_t heads, int64_t dim, bool written);
+                      int64_t heads, int64_t dim, bool written, DLDevice device = {kDLCPU, 0});
 
 /*! \brief Check a contiguous float32 [..., heads] tensor of `tokens` tokens. */
-float* CheckLse(ArgName arg, const TensorView& t, int64_t tokens, int64_t heads);
+float* CheckLse(ArgName arg, const TensorView& t, int64_t tokens, int64_t heads,
+                DLDevice device = {kDLCPU, 0});
 
 /*! \brief Axes of a KV pool's page: NHD is (token, head, element), HND (head, token, element). */
 enum class PoolOrder : int32_t { kNHD, kHND };
@@ -75,7 +76,7 @@ struct PoolView {
  * Elements of 8 bits may come as uint8; those of 4 bits do, two in each, the even one low.
  */
 PoolView CheckPool(ArgName arg, const TensorView& t, ElementType type, PoolOrder order,
-                   PoolPart part, int64_t heads, int64_t head_dim);
+                   PoolPart part, int64_t heads, int64_t head_dim, DLDevice device = {kDLCPU, 0});
 
 }  // namespace tvm_flashinfer
 

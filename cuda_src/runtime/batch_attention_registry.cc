@@ -34,7 +34,8 @@ void CheckSize(const char* name, const Shape& shape, size_t size, const char* en
       << entries;
 }
 
-BatchAttention Create(Function kernel, Shape bounds, Shape heads, std::string kv_layout) {
+BatchAttention Create(Function kernel, Shape bounds, Shape heads, std::string kv_layout,
+                      int64_t device_id) {
   CheckSize("bounds", bounds, 7,
             "max_requests, max_q_tokens, max_kv_pages, max_levels, num_workers, max_splits, "
             "max_fixed_chunks");
@@ -58,6 +59,9 @@ BatchAttention Create(Function kernel, Shape bounds, Shape heads, std::string kv
       << "argument `kv_layout` is \"" << kv_layout << "\", expected \"NHD\" or \"HND\"";
   config.order = kv_layout == "NHD" ? PoolOrder::kNHD : PoolOrder::kHND;
   KernelHandle handle(std::move(kernel));
+  TVM_FLASHINFER_CHECK(device_id >= 0 && device_id < 64, ValueError)
+      << "argument `device_id` is " << device_id << ", expected a value in [0, 63]";
+  config.device = {handle.device_type(), static_cast<int32_t>(device_id)};
   const auto check_kernel = [](const char* what, int32_t compiled, int32_t asked) {
     TVM_FLASHINFER_CHECK(compiled == asked, ValueError)
         << "argument `kernel` was compiled for " << what << " " << compiled << ", expected "

@@ -57,6 +57,7 @@ CpuStepRunner::CpuStepRunner(const KVCacheConfig& config, KernelHandle kernel,
   ordered_.reset(new char[max_queries * config.num_qo_heads * row_bytes]);
   ordered_lse_.reset(new float[max_queries * config.num_qo_heads]);
   positions_ = Tensor::Empty({max_tokens}, {kDLInt, 32, 1}, cpu);
+  origins_ = Tensor::Empty({max_tokens}, {kDLInt, 32, 1}, cpu);
   if (rope.has_value()) {
     const DLDataType type = ToDLDataType(kernel->q_type);
     const int64_t dim = config.head_dim_qk;
@@ -91,6 +92,8 @@ void CpuStepRunner::Begin(const StepLayout& layout) {
   layout_ = &layout;
   std::copy(layout.positions().begin(), layout.positions().end(),
             static_cast<int32_t*>(DataOf(*positions_.operator->())));
+  std::copy(layout.origins().begin(), layout.origins().end(),
+            static_cast<int32_t*>(DataOf(*origins_.operator->())));
   if (rope_.has_value()) rope_->Prepare(layout.origins().data(), layout.num_tokens());
   if (rope_.has_value() && layout.splits()) {
     twin_rope_->Prepare(layout.positions().data(), layout.num_tokens());
@@ -182,6 +185,24 @@ void CpuStepRunner::AttendInOrder(const AttentionParams& params,
 
 void CpuStepRunner::Copy(void* to, const void* from, int64_t bytes) {
   std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+void CpuStepRunner::Merge(const MergeOperands& m) {
+  static const tvm::ffi::Function merge =
+      tvm::ffi::Function::GetGlobalRequired("tvm_flashinfer.merge_states");
+  int64_t shape[] = {m.num_tokens, m.num_heads, m.dim};
+  int64_t dense[] = {int64_t{m.num_heads} * m.dim, m.dim, 1}, rows[] = {m.num_heads, 1};
+  int64_t strided[] = {m.o.token_stride, m.o.head_stride, 1};
+  const DLDataType type = ToDLDataType(kernel_->q_type);
+  const auto output = [&](const void* data, int64_t* strides) {
+    return DLTensor{const_cast<void*>(data), {kDLCPU, 0}, 3, type, shape, strides, 0};
+  };
+  const auto lse = [&](const float* data) {
+    return DLTensor{const_cast<float*>(data), {kDLCPU, 0}, 2, {kDLFloat, 32, 1}, shape, rows, 0};
+  };
+  DLTensor o_a = output(m.o_a, dense), o_b = output(m.o_b, dense), o = output(m.o.data, strided);
+  DLTensor lse_a = lse(m.lse_a), lse_b = lse(m.lse_b), lse_o = lse(m.lse);
+  merge(&o_a, &lse_a, &o_b, &lse_b, &o, &lse_o);
 }
 
 }  // namespace tvm_flashinfer

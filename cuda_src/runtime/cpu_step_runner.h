@@ -19,10 +19,12 @@ class CpuStepRunner final : public StepRunner {
   void Plan(StepLayout* layout) final;
   void Begin(const StepLayout& layout) final;
   tvm::runtime::Tensor Positions() const final { return positions_; }
+  tvm::runtime::Tensor Origins() const final { return origins_; }
   void Append(const PoolView& pool, TokenHeads* q, TokenHeads k, TokenHeads v) final;
   void Attend(AttentionParams* params) final;
   void Copy(void* to, const void* from, int64_t bytes) final;
-  void Wait() final {}                          // every call returns when it is done
+  void Wait() final {}  // every call returns when it is done
+  void Merge(const MergeOperands& m) final;
   int64_t GraphKey() const final { return 0; }  // nothing is captured on a CPU
   PlanOnHost LastPlan() const final { return plan_ == nullptr ? PlanOnHost{} : plan_->OnHost(); }
 
@@ -36,7 +38,7 @@ class CpuStepRunner final : public StepRunner {
   std::unique_ptr<StepPlan> token_plan_;  //!< of layouts by token; made, and grown, on demand
   StepPlan* plan_ = nullptr;              //!< the one in use
   const StepLayout* layout_ = nullptr;
-  tvm::runtime::Tensor positions_;
+  tvm::runtime::Tensor positions_, origins_;
   std::unique_ptr<char[]> ordered_;  //!< queries and outputs of a step whose requests change places
   std::unique_ptr<float[]> ordered_lse_;
   std::optional<Rope> rope_, twin_rope_;        //!< the second of the twins of a step that splits

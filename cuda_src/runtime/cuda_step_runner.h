@@ -5,84 +5,15 @@
 #ifndef TVM_FLASHINFER_RUNTIME_CUDA_STEP_RUNNER_H_
 #define TVM_FLASHINFER_RUNTIME_CUDA_STEP_RUNNER_H_
 
-#include <tvm_flashinfer/schedule.h>
-
 #include <algorithm>
 #include <array>
 #include <memory>
 #include <optional>
 
+#include "cuda_plan.h"
 #include "step_runner.h"
 
 namespace tvm_flashinfer {
-
-/*! \brief Page-locked host memory that grows on demand, and the event of its last copy. */
-class StagingBuffer {
- public:
-  explicit StagingBuffer(const CudaKernel& kernel);
-  ~StagingBuffer();
-  StagingBuffer(const StagingBuffer&) = delete;
-  StagingBuffer& operator=(const StagingBuffer&) = delete;
-
-  /*! \brief Memory of at least `bytes` that no copy in flight reads; its contents are lost. */
-  char* Acquire(int64_t bytes);
-  char* data() const { return data_; }
-  /*! \brief Start the copy of the first `bytes`. */
-  void Send(void* device, int64_t bytes, void* stream);
-
- private:
-  const CudaKernel& kernel_;
-  char* data_ = nullptr;
-  int64_t capacity_ = 0;
-  void* event_ = nullptr;
-  bool in_flight_ = false;
-};
-
-/*!
- * \brief Everything of one query tile: a scheduler, its plan on the device beside the slots and
- * positions of the step's tokens, and the workspace of partial states.
- */
-class CudaPlan {
- public:
-  /*! \param max_tokens Query tokens of a step that takes this tile. */
-  CudaPlan(const CudaKernel& kernel, const KVCacheConfig& config, PlanBounds bounds,
-           int32_t tile_rows, DLDevice device);
-
-  const PlanBounds& bounds() const { return bounds_; }
-  int32_t tile_rows() const { return tile_rows_; }
-  int64_t id() const { return id_; }
-
-  /*! \brief Plan into staging memory; the plan in use stays until Send. */
-  void Make(const ScheduleInput& in, const StepLayout& layout);
-  void Send(void* stream);
-
-  /*! \brief As it was staged; until two more plans are made. */
-  PlanOnHost OnHost() const;
-  const int64_t* slots() const;
-  const tvm::runtime::Tensor& positions() const { return positions_; }
-  void Describe(AttentionParams* params) const;
-
- private:
-  static constexpr int kStagings = 3;
-
-  // Positions come first: compiled functions that read them accept no offset.
-  int64_t slots_offset() const { return Align(bounds_.max_q_tokens * int64_t{sizeof(int32_t)}); }
-  int64_t plan_offset() const {
-    return slots_offset() + Align(bounds_.max_q_tokens * int64_t{sizeof(int64_t)});
-  }
-  static int64_t Align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-  PlanBounds bounds_;
-  int32_t tile_rows_;
-  int64_t id_;
-  Scheduler scheduler_;
-  std::array<std::unique_ptr<StagingBuffer>, kStagings> stagings_;
-  int current_ = 0;
-  int64_t used_bytes_ = 0;
-  tvm::runtime::Tensor block_;  //!< positions, slots, plan: as in staging memory
-  tvm::runtime::Tensor positions_;
-  tvm::runtime::Tensor o_partial_, lse_partial_, tickets_;
-};
 
 class CudaStepRunner final : public StepRunner {
  public:
@@ -91,18 +22,20 @@ class CudaStepRunner final : public StepRunner {
 
   void Plan(StepLayout* layout) final;
   void Begin(const StepLayout& layout) final;
-  tvm::runtime::Tensor Positions() const final { return plan_->positions(); }
+  tvm::runtime::Tensor Positions() const final;
+  tvm::runtime::Tensor Origins() const final;
   void Append(const PoolView& pool, TokenHeads* q, TokenHeads k, TokenHeads v) final;
   void Attend(AttentionParams* params) final;
   void Copy(void* to, const void* from, int64_t bytes) final;
   void Wait() final;
   PlanOnHost LastPlan() const final { return plan_ == nullptr ? PlanOnHost{} : plan_->OnHost(); }
+  void Merge(const MergeOperands& m) final;
   int64_t GraphKey() const final { return plan_ == nullptr ? -1 : plan_->id(); }
 
  private:
   const CudaKernel& cuda() const { return kernel_.cuda(); }
-  /*! The stream of the FFI environment; the device becomes the current one. */
-  void* Stream() const;
+  void* Stream() const { return CurrentStream(device_); }
+  int32_t group() const { return StepRunner::group() / parts_; }
   PlanBounds TileBounds(PlanBounds bounds, int32_t tile_rows, bool last) const;
   CudaPlan* PlanOf(int tile, const StepLayout& layout);
   /*! \brief Compose a step of that tile, or of a larger one, if that pays; returns its tile. */
@@ -112,14 +45,28 @@ class CudaStepRunner final : public StepRunner {
   static constexpr int32_t kMemoryRows = 64;
   int TileTokens(int tile) const { return std::max(1, cuda().tiles[tile] / group()); }
 
+  // A plan's header: positions first, for compiled functions that read them accept no offset, then
+  // origins, then slots.
+  static int64_t Align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+  static int64_t OriginsOffset(const PlanBounds& b) {
+    return Align(b.max_q_tokens * int64_t{sizeof(int32_t)});
+  }
+  static int64_t SlotsOffset(const PlanBounds& b) { return 2 * OriginsOffset(b); }
+  static int64_t HeaderBytes(const PlanBounds& b) {
+    return SlotsOffset(b) + Align(b.max_q_tokens * int64_t{sizeof(int64_t)});
+  }
+
   DLDevice device_;
+  int32_t parts_;                                                      //!< see HeadParts
   std::array<std::unique_ptr<CudaPlan>, 4> page_plans_, token_plans_;  //!< made on demand
   CudaPlan* next_ = nullptr;                                           //!< planned
   CudaPlan* plan_ = nullptr;                                           //!< begun
   int32_t num_tokens_ = 0;
+  bool splits_ = false;
   std::optional<RopeConfig> rope_;
   tvm::runtime::Tensor frequencies_;
-  tvm::runtime::Tensor rotated_q_;  //!< [max_q_tokens, heads, dim], where the cache rotates
+  //! [max_q_tokens, heads, dim], where the cache rotates; twice as many where windows slide.
+  tvm::runtime::Tensor rotated_q_;
 };
 
 }  // namespace tvm_flashinfer

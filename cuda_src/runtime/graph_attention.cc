@@ -264,7 +264,7 @@ void GraphAttention(PackedArgs args, Any*) {
   const char* v =
       CheckOperand("v", tensor(5), kv_type, vs, extents, kv_tokens, kv, kernel.head_dim_vo);
   char* o = CheckOperand("o", tensor(last), q_type, os, extents, q_tokens, qo, kernel.head_dim_vo);
-  plan.variant_args().Bind(kernel, args.Slice(kFixed, last));
+  plan.variant_args().Bind(kernel, args.Slice(kFixed, last), {kDLCPU, 0});
   plan.Run(q, qs, k, ks, v, vs, o, os, sm_scale);
 }
 

@@ -73,7 +73,6 @@ KVCacheObj::KVCacheObj(const KVCacheConfig& config, KernelHandle kernel, DLDataT
 void KVCacheObj::UseSplitRotary(SplitRotary rotary) {
   const DLDataType type = ToDLDataType(kernel_->q_type);
   const int64_t tokens = config_.max_q_tokens();
-  if (config_.sliding_window) origins_ = Tensor::Empty({tokens}, {kDLInt, 32, 1}, device_);
   const int64_t queries = config_.sliding_window ? 2 * tokens : tokens;
   rotated_q_ = Tensor::Empty({queries, config_.num_qo_heads, config_.head_dim_qk}, type, device_);
   rotated_k_ = Tensor::Empty({tokens, config_.num_kv_heads, config_.head_dim_qk}, type, device_);
@@ -259,13 +258,6 @@ void KVCacheObj::EndForward() {
     if (r.sequence->tree.empty()) pages_.Slide(r.sequence);
   }
   in_forward_ = false;
-}
-
-Tensor KVCacheObj::Origins() {
-  if (layout_.origins() == layout_.positions()) return GetQueryPositions();
-  std::copy(layout_.origins().begin(), layout_.origins().end(),
-            static_cast<int32_t*>(DataOf(*origins_.operator->())));
-  return origins_.CreateView({layout_.num_tokens()}, {kDLInt, 32, 1});
 }
 
 Tensor KVCacheObj::GetQueryPositions() {

@@ -275,8 +275,6 @@ class KVCacheObj : public AttentionKVCacheInterface {
   void AttendTwins(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o);
   AttentionParams Operands(int32_t layer, const StepLayout& layout, double sm_scale, TokenHeads q,
                            TokenHeads o) const;
-  /*! \brief As GetQueryPositions, of StepLayout::origins. */
-  Tensor Origins();
   /*! \brief The layer's group, or null: the layer has what the cache has. */
   const LayerGroup* GroupOf(int32_t layer) const;
   StepRunner* RunnerOf(int32_t layer) const;
@@ -290,10 +288,13 @@ class KVCacheObj : public AttentionKVCacheInterface {
   void Rotate(const Tensor& qkv, const Tensor& positions, const Queries& q, const Tensor& k,
               const Tensor& v) const {
     const auto& [function, factors] = *split_rotary_;
+    DLTensor at = *positions.operator->();  // compiled functions take no tensor with an offset
+    at.data = static_cast<char*>(at.data) + at.byte_offset;
+    at.byte_offset = 0;
     if (factors.has_value()) {
-      function(qkv, positions, q, k, v, *factors);
+      function(qkv, &at, q, k, v, *factors);
     } else {
-      function(qkv, positions, q, k, v, int64_t{1});
+      function(qkv, &at, q, k, v, int64_t{1});
     }
   }
   /*! \brief Whether keys turn as they do when they are stored, or back to how they came. */
@@ -336,7 +337,6 @@ class KVCacheObj : public AttentionKVCacheInterface {
 
   std::optional<SplitRotary> split_rotary_;
   bool inline_rope_ = false;
-  Tensor origins_;
   Tensor rotated_q_, rotated_k_, split_v_;  //!< [max_q_tokens, heads, dim], of split_rotary_
 
   std::optional<Import> import_;

@@ -51,18 +51,20 @@ void KVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Option
     const auto view = [&](const Tensor& whole, int64_t n) {
       return whole.CreateView({tokens, n, dim}, type);
     };
+    const auto of_tokens = [&](const Tensor& positions) {
+      return positions.CreateView({tokens}, {kDLInt, 32, 1});
+    };
     Tensor q = view(rotated_q_, config_.num_qo_heads);
     Tensor k = view(rotated_k_, config_.num_kv_heads);
     Tensor v = view(split_v_, config_.num_kv_heads);
     Tensor qkv = qkv_data.CreateView({tokens, heads, dim}, type);
     if (layout_.splits()) {
-      // Compiled functions take no tensor with an offset: the twins' pointer includes it.
       DLTensor twins = *q.operator->();
       twins.data =
           static_cast<char*>(DataOf(twins)) + tokens * config_.num_qo_heads * dim * type.bits / 8;
-      Rotate(qkv, GetQueryPositions(), &twins, k, v);
+      Rotate(qkv, of_tokens(runner_->Positions()), &twins, k, v);
     }
-    Rotate(qkv, Origins(), q, k, v);
+    Rotate(qkv, of_tokens(runner_->Origins()), q, k, v);
     const auto operand = [&](const Tensor& t, int64_t n) {
       return TokenHeads{DataOf(*t.operator->()), n * dim, dim};
     };
@@ -167,9 +169,22 @@ void KVCacheObj::AttentionWithSharedKV(int64_t source_layer_id, Tensor q_data,
 tvm::ffi::Array<Tensor> KVCacheObj::MergeAttnOutputInplace(Tensor o_self_attn, Tensor lse_self_attn,
                                                            Tensor o_cross_attn,
                                                            Tensor lse_cross_attn) {
-  static const tvm::ffi::Function merge =
-      tvm::ffi::Function::GetGlobalRequired("tvm_flashinfer.merge_states");
-  merge(o_self_attn, lse_self_attn, o_cross_attn, lse_cross_attn, o_self_attn, lse_self_attn);
+  const DLTensor& o = *o_self_attn.operator->();
+  TVM_FLASHINFER_CHECK(o.ndim >= 3, ValueError)
+      << "argument `o_self_attn` has " << o.ndim << " axes, expected (tokens, heads, dim)";
+  const int64_t heads = o.shape[o.ndim - 2], dim = o.shape[o.ndim - 1];
+  int64_t tokens = 1;
+  for (int axis = 0; axis < o.ndim - 2; ++axis) tokens *= o.shape[axis];
+  const DLDataType type = ToDLDataType(kernel_->q_type), f32{kDLFloat, 32, 1};
+  CheckTensor("o_self_attn", o, type, device_, {tokens, heads, dim});
+  CheckTensor("lse_self_attn", *lse_self_attn.operator->(), f32, device_, {tokens, heads});
+  CheckTensor("o_cross_attn", *o_cross_attn.operator->(), type, device_, {tokens, heads, dim});
+  CheckTensor("lse_cross_attn", *lse_cross_attn.operator->(), f32, device_, {tokens, heads});
+  const auto lse = [](const Tensor& t) { return static_cast<float*>(DataOf(*t.operator->())); };
+  runner_->Merge({DataOf(o), DataOf(*o_cross_attn.operator->()), lse(lse_self_attn),
+                  lse(lse_cross_attn), TokenHeads{DataOf(o), heads * dim, dim}, lse(lse_self_attn),
+                  static_cast<int32_t>(tokens), static_cast<int32_t>(heads),
+                  static_cast<int32_t>(dim)});
   // Relax doesn't know that the results are the arguments: it may plan the memory of those anew
   // while the results are still to be read. So they are copies.
   const auto copy = [&](const Tensor& t) {
@@ -228,8 +243,6 @@ void KVCacheObj::AttendMasked(int32_t layer, double sm_scale, TokenHeads q, Toke
 }
 
 void KVCacheObj::AttendTwins(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o) {
-  static const tvm::ffi::Function merge =
-      tvm::ffi::Function::GetGlobalRequired("tvm_flashinfer.merge_states");
   const int64_t tokens = layout_.num_tokens(), heads = config_.num_qo_heads;
   const int64_t dim = config_.head_dim_vo;
   AttentionParams params =
@@ -237,16 +250,11 @@ void KVCacheObj::AttendTwins(int32_t layer, double sm_scale, TokenHeads q, Token
   params.lse = static_cast<float*>(DataOf(*twin_lse_.operator->()));
   params.variant_params = runner_->variant_args();
   runner_->Attend(&params);
-  const auto half = [&](const Tensor& whole, const Shape& shape, int64_t index) {
-    const int64_t bytes = shape.Product() * whole->dtype.bits / 8;
-    return whole.CreateView(shape, whole->dtype, index * bytes);
-  };
-  int64_t shape[] = {tokens, heads, dim};
-  int64_t strides[] = {o.token_stride, o.head_stride, 1};
-  DLTensor out{o.data, device_, 3, twin_o_->dtype, shape, strides, 0};
-  const auto state = [&](int64_t i) { return half(twin_o_, {tokens, heads, dim}, i); };
-  const auto lse = [&](int64_t i) { return half(twin_lse_, {tokens, heads}, i); };
-  merge(state(0), lse(0), state(1), lse(1), &out, lse(0));
+  const char* states = static_cast<const char*>(DataOf(*twin_o_.operator->()));
+  float* lse = params.lse;
+  runner_->Merge({states, states + tokens * heads * dim * twin_o_->dtype.bits / 8, lse,
+                  lse + tokens * heads, o, lse, static_cast<int32_t>(tokens),
+                  static_cast<int32_t>(heads), static_cast<int32_t>(dim)});
 }
 
 }  // namespace tvm_flashinfer

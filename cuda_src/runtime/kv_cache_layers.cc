@@ -20,9 +20,6 @@ void KVCacheObj::UseLayers(const Shape& layers, KernelHandle kernel, int32_t win
       << "(mla): its layers are alike";
   TVM_FLASHINFER_CHECK(window >= 0, ValueError)
       << "window is " << window << ", expected at least 0";
-  TVM_FLASHINFER_CHECK(window == 0 || device_.device_type == kDLCPU, NotImplementedError)
-      << "layers with a window of their own are served on the CPU, this cache is on device type "
-      << static_cast<int>(device_.device_type);
   TVM_FLASHINFER_CHECK(
       kernel.device_type() == device_.device_type && kernel->q_type == kernel_->q_type &&
           kernel->kv_type == kernel_->kv_type && kernel->head_dim_qk == kernel_->head_dim_qk &&
@@ -106,7 +103,7 @@ void KVCacheObj::UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values) {
       << "parts there, whose states a variant may not allow to merge";
   VisitedRange range = EveryElement();
   BoundVariantArgs bound;
-  bound.Bind(*kernel_, values);
+  bound.Bind(*kernel_, values, device_);
   const VariantArgs args = *bound.Get(*kernel_, range, -1);
   range.stores = true;
   if (kernel_->stores != 0) bound.Get(*kernel_, range, -1);
@@ -114,7 +111,7 @@ void KVCacheObj::UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values) {
     if (!group.same_variant) continue;
     tvm::ffi::Array<tvm::ffi::Any> all{static_cast<int64_t>(group.runner->window() - 1)};
     for (const tvm::ffi::Any& value : values) all.push_back(value);
-    group.variant.Bind(*group.kernel, all);
+    group.variant.Bind(*group.kernel, all, device_);
     group.runner->UseVariant(*group.variant.Get(*group.kernel));
   }
   runner_->UseVariant(args);
@@ -135,7 +132,7 @@ void KVCacheObj::BindVariant(int32_t layer, PackedArgs values) {
       << values.size() << " parameters of the variant of layer " << layer + config_.layer_begin
       << " were given, it declares " << kernel->num_params - count;
   for (int32_t i = 0; i < values.size(); ++i) all[count++] = values[i];
-  call_variant_.Bind(*kernel, PackedArgs(all, count));
+  call_variant_.Bind(*kernel, PackedArgs(all, count), device_);
   runner->UseVariant(*call_variant_.Get(*kernel, EveryElement(), -1));
 }
 

@@ -25,9 +25,6 @@ void KVCacheObj::UseSelfKernel(int32_t num_kv_heads, KernelHandle kernel) {
 void KVCacheObj::CheckParts(const char* what) const {
   TVM_FLASHINFER_CHECK(!has_variant_, NotImplementedError)
       << what << " in a cache with a variant: states of parts may not merge under it";
-  TVM_FLASHINFER_CHECK(device_.device_type == kDLCPU, NotImplementedError)
-      << what << " is served on the CPU, this cache is on device type "
-      << static_cast<int>(device_.device_type);
   TVM_FLASHINFER_CHECK(layout_.num_levels() == 1 && !layout_.splits(), NotImplementedError)
       << what << " in a step with token trees, or with rotated keys behind a slid window";
 }

@@ -145,19 +145,10 @@ RopeConfig ReadRope(const Tensor& frequencies, double magnitude, bool interleave
   return rope;
 }
 
-/*! \brief A slid window's sink needs queries of another rotation, which only the CPU has. */
-void CheckWindowOfRotated(const Creation& creation) {
-  TVM_FLASHINFER_CHECK(!creation.config.sliding_window || !creation.kernel.is_cuda(),
-                       NotImplementedError)
-      << "support_sliding_window is 1 in a cache on a GPU that rotates keys before it stores them: "
-      << "that is served on the CPU";
-}
-
 AttentionKVCache CreateKVCacheRope(Shape bounds, Shape layers, Shape heads, Function kernel,
                                    Tensor init, Tensor frequencies, double magnitude,
                                    bool interleaved) {
   const Creation creation(bounds, layers, heads, std::move(kernel), std::move(init));
-  CheckWindowOfRotated(creation);
   return AttentionKVCache(
       creation.Make(ReadRope(frequencies, magnitude, interleaved, creation.config.head_dim_qk)));
 }
@@ -166,7 +157,6 @@ AttentionKVCache CreateKVCacheSplitRotary(Shape bounds, Shape layers, Shape head
                                           Tensor init, Function split_rotary,
                                           tvm::ffi::Any extension_factors) {
   const Creation creation(bounds, layers, heads, std::move(kernel), std::move(init));
-  CheckWindowOfRotated(creation);
   // As TVM's cache has it, anything but a tensor means none.
   tvm::ffi::Optional<Tensor> factors;
   if (auto tensor = extension_factors.as<Tensor>()) factors = *tensor;

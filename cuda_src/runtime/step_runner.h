@@ -30,6 +30,15 @@ struct PoolView {
   KVStrides k_strides, v_strides;
 };
 
+/*! \brief Two states of the same queries, dense, and where the merged one goes; it may be `a`. */
+struct MergeOperands {
+  const void *o_a, *o_b;  //!< [token, head, dim], element type of the queries
+  const float *lse_a, *lse_b;
+  TokenHeads o;
+  float* lse;
+  int32_t num_tokens, num_heads, dim;
+};
+
 class StepRunner {
  public:
   virtual ~StepRunner() = default;
@@ -44,6 +53,8 @@ class StepRunner {
   virtual void Begin(const StepLayout& layout) = 0;
   /*! \brief Positions of the step's tokens, int32 [max_q_tokens] on the device. */
   virtual tvm::runtime::Tensor Positions() const = 0;
+  /*! \brief The same of StepLayout::origins: positions that queries and keys are rotated by. */
+  virtual tvm::runtime::Tensor Origins() const = 0;
   /*! \brief Rotate the step's queries and keys, if the cache rotates, and store keys and values. */
   virtual void Append(const PoolView& pool, TokenHeads* q, TokenHeads k, TokenHeads v) = 0;
   /*! \brief Attention of one layer; fills in what the plan and the workspace decide. */
@@ -52,6 +63,8 @@ class StepRunner {
   virtual void Copy(void* to, const void* from, int64_t bytes) = 0;
   /*! \brief Wait until what was called is done: its operands are the caller's again. */
   virtual void Wait() = 0;
+  /*! \brief Merge attention states, in the order of the other calls. */
+  virtual void Merge(const MergeOperands& m) = 0;
   /*! \brief A query sees `window` tokens, itself included: so masks the kernel's variant. */
   void UseWindow(int32_t window) {
     window_ = window;

@@ -61,7 +61,7 @@ VariantArg BindScalar(const VariantParam& param, AnyView value) {
   return arg;
 }
 
-VariantArg BindTensor(const VariantParam& param, AnyView value) {
+VariantArg BindTensor(const VariantParam& param, AnyView value, DLDevice device) {
   const auto given = value.try_cast<Tensor>();
   TVM_FLASHINFER_CHECK(given.has_value(), TypeError)
       << "parameter `" << param.name << "` is a " << value.GetTypeKey() << ", expected a tensor";
@@ -72,8 +72,9 @@ VariantArg BindTensor(const VariantParam& param, AnyView value) {
   TVM_FLASHINFER_CHECK(t.dtype == DTypeOf(param.type), TypeError)
       << "parameter `" << param.name << "` has dtype " << tvm::ffi::DLDataTypeToString(t.dtype)
       << ", expected " << tvm::ffi::DLDataTypeToString(DTypeOf(param.type));
-  TVM_FLASHINFER_CHECK(t.device.device_type == kDLCPU, ValueError)
-      << "parameter `" << param.name << "` is not on the CPU";
+  TVM_FLASHINFER_CHECK(t.device.device_type == device.device_type, ValueError)
+      << "parameter `" << param.name << "` is not on the "
+      << (device.device_type == kDLCPU ? "CPU" : "GPU that attention runs on");
   TVM_FLASHINFER_CHECK(tvm::ffi::IsContiguous(t), ValueError)
       << "parameter `" << param.name << "` of shape " << ShapeString(t) << " is not contiguous";
   VariantArg arg{};
@@ -92,29 +93,31 @@ VariantArg BindTensor(const VariantParam& param, AnyView value) {
 
 /*! \param value The i-th value, as an AnyView. */
 template <typename Value>
-VariantArgs BindAll(const KernelTraits& kernel, int32_t count, const Value& value) {
+VariantArgs BindAll(const KernelTraits& kernel, int32_t count, DLDevice device,
+                    const Value& value) {
   TVM_FLASHINFER_CHECK(count == kernel.num_params, ValueError)
       << "argument `params` has " << count << " values, the variant declares " << kernel.num_params;
   VariantArgs args{};
   for (int32_t i = 0; i < count; ++i) {
     const VariantParam& param = kernel.params[i];
-    args.arg[i] = param.num_dims == 0 ? BindScalar(param, value(i)) : BindTensor(param, value(i));
+    args.arg[i] =
+        param.num_dims == 0 ? BindScalar(param, value(i)) : BindTensor(param, value(i), device);
   }
   return args;
 }
 
 }  // namespace
 
-void BoundVariantArgs::Bind(const KernelTraits& kernel, const Array<Any>& values) {
-  args_ = BindAll(kernel, static_cast<int32_t>(values.size()),
+void BoundVariantArgs::Bind(const KernelTraits& kernel, const Array<Any>& values, DLDevice device) {
+  args_ = BindAll(kernel, static_cast<int32_t>(values.size()), device,
                   [&](int32_t i) -> AnyView { return *(values.begin() + i); });
   count_ = kernel.num_params;
   values_ = values;
   checked_plan_ = -1;
 }
 
-void BoundVariantArgs::Bind(const KernelTraits& kernel, PackedArgs values) {
-  args_ = BindAll(kernel, values.size(), [&](int32_t i) { return values[i]; });
+void BoundVariantArgs::Bind(const KernelTraits& kernel, PackedArgs values, DLDevice device) {
+  args_ = BindAll(kernel, values.size(), device, [&](int32_t i) { return values[i]; });
   count_ = kernel.num_params;
   checked_plan_ = -1;
 }

@@ -17,12 +17,14 @@ class BoundVariantArgs {
  public:
   /*!
    * \brief Replace the parameters.
-   * \param values One per parameter the kernel declares: a number, or a contiguous CPU tensor.
+   * \param values One per parameter the kernel declares: a number, or a contiguous tensor.
+   * \param device Where tensors must lie.
    * \throws ValueError, TypeError naming the parameter; the old ones stay.
    */
-  void Bind(const KernelTraits& kernel, const tvm::ffi::Array<tvm::ffi::Any>& values);
+  void Bind(const KernelTraits& kernel, const tvm::ffi::Array<tvm::ffi::Any>& values,
+            DLDevice device);
   /*! \brief The same for parameters that the caller keeps alive; allocates nothing. */
-  void Bind(const KernelTraits& kernel, tvm::ffi::PackedArgs values);
+  void Bind(const KernelTraits& kernel, tvm::ffi::PackedArgs values, DLDevice device);
 
   /*! \throws ValueError unless every parameter is bound. */
   const VariantArgs* Get(const KernelTraits& kernel) const;

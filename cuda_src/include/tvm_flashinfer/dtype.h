@@ -77,16 +77,16 @@ TVM_FLASHINFER_HOST_DEVICE inline float ToFloat(Float8E4M3 x) {
 TVM_FLASHINFER_HOST_DEVICE inline float ToFloat(Int8 x) { return static_cast<float>(x.value); }
 
 template <typename T>
-T FromFloat(float x);
+TVM_FLASHINFER_HOST_DEVICE T FromFloat(float x);
 
 template <>
-inline float FromFloat<float>(float x) {
+TVM_FLASHINFER_HOST_DEVICE inline float FromFloat<float>(float x) {
   return x;
 }
 
 /*! \brief Round to nearest even; NaN stays NaN. */
 template <>
-inline BFloat16 FromFloat<BFloat16>(float x) {
+TVM_FLASHINFER_HOST_DEVICE inline BFloat16 FromFloat<BFloat16>(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   // Without a branch, so that loops over it become vectors.
@@ -97,7 +97,7 @@ inline BFloat16 FromFloat<BFloat16>(float x) {
 
 /*! \brief Round to nearest even; overflow gives inf, NaN stays NaN. */
 template <>
-inline Float16 FromFloat<Float16>(float x) {
+TVM_FLASHINFER_HOST_DEVICE inline Float16 FromFloat<Float16>(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
@@ -124,7 +124,7 @@ namespace detail {
  * as bits without the sign; what exceeds the format gives a number above its largest.
  */
 template <int kMantissa, int kBias>
-inline uint32_t RoundToFloat8(uint32_t magnitude) {
+TVM_FLASHINFER_HOST_DEVICE inline uint32_t RoundToFloat8(uint32_t magnitude) {
   constexpr uint32_t kSmallestNormal = (127u - kBias + 1) << 23;
   if (magnitude < kSmallestNormal) {  // the float adder rounds to the subnormal step
     float f;
@@ -142,7 +142,7 @@ inline uint32_t RoundToFloat8(uint32_t magnitude) {
   return rounded >> kDrop;
 }
 
-inline uint32_t FloatBits(float x) {
+TVM_FLASHINFER_HOST_DEVICE inline uint32_t FloatBits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   return bits;
@@ -152,7 +152,7 @@ inline uint32_t FloatBits(float x) {
 
 /*! \brief Round to nearest even; what overflows becomes the largest value, NaN stays NaN. */
 template <>
-inline Float8E4M3 FromFloat<Float8E4M3>(float x) {
+TVM_FLASHINFER_HOST_DEVICE inline Float8E4M3 FromFloat<Float8E4M3>(float x) {
   const uint32_t bits = detail::FloatBits(x), magnitude = bits & 0x7fffffffu;
   uint32_t narrow = 0x7f;
   if (magnitude <= 0x7f800000u) {
@@ -163,7 +163,7 @@ inline Float8E4M3 FromFloat<Float8E4M3>(float x) {
 
 /*! \brief Round to nearest even; what overflows becomes the largest finite value, NaN stays. */
 template <>
-inline Float8E5M2 FromFloat<Float8E5M2>(float x) {
+TVM_FLASHINFER_HOST_DEVICE inline Float8E5M2 FromFloat<Float8E5M2>(float x) {
   const uint32_t bits = detail::FloatBits(x), magnitude = bits & 0x7fffffffu;
   uint32_t narrow = 0x7e;
   if (magnitude <= 0x7f800000u) {
@@ -173,7 +173,7 @@ inline Float8E5M2 FromFloat<Float8E5M2>(float x) {
 }
 
 /*! \brief Round to nearest even into [low, high]; NaN becomes 0. */
-inline float RoundToRange(float x, float low, float high) {
+TVM_FLASHINFER_HOST_DEVICE inline float RoundToRange(float x, float low, float high) {
   x = x > low ? x : (x <= low ? low : 0.0f);
   x = x < high ? x : high;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -181,13 +181,13 @@ inline float RoundToRange(float x, float low, float high) {
 }
 
 template <>
-inline Int8 FromFloat<Int8>(float x) {
+TVM_FLASHINFER_HOST_DEVICE inline Int8 FromFloat<Int8>(float x) {
   return {static_cast<int8_t>(RoundToRange(x, -128.0f, 127.0f))};
 }
 
 /*! \brief Store `count` (even for Int4) floats as T. */
 template <typename T>
-inline void StoreRow(const float* from, int32_t count, T* to) {
+TVM_FLASHINFER_HOST_DEVICE inline void StoreRow(const float* from, int32_t count, T* to) {
   if constexpr (std::is_same_v<T, Int4>) {
     for (int32_t i = 0; i < count; i += 2) {
       const auto low = static_cast<int32_t>(RoundToRange(from[i], -8.0f, 7.0f));

@@ -137,14 +137,24 @@ inline uint32_t Pack2(float lo, float hi) {
          static_cast<uint32_t>(::tvm_flashinfer::FromFloat<T>(hi).bits) << 16;
 }
 
-inline float ToFloat(BFloat16 x) { return ::tvm_flashinfer::ToFloat(x); }
-inline float ToFloat(Float16 x) { return ::tvm_flashinfer::ToFloat(x); }
+template <typename T>
+inline float ToFloat(T x) {
+  return ::tvm_flashinfer::ToFloat(x);
+}
+template <typename T>
+inline void ToFloat4(uint32_t packed, float (&x)[4]) {
+  for (int i = 0; i < 4; ++i) {
+    x[i] = ::tvm_flashinfer::ToFloat(T{static_cast<uint8_t>(packed >> (8 * i))});
+  }
+}
 template <typename T>
 inline T FromFloat(float x) {
   return ::tvm_flashinfer::FromFloat<T>(x);
 }
 
 inline float Exp2(float x) { return std::exp2(x); }
+inline float Sin(float x) { return std::sin(x); }
+inline float Cos(float x) { return std::cos(x); }
 
 inline void WaitForEarlierLaunches() {}
 inline void AllowNextLaunch() {}

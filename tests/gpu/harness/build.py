@@ -26,6 +26,7 @@ class ModuleSpec:
     variant: str  # C++ type, in namespace tvm_flashinfer
     row_tiles: tuple[int, ...]
     declaration: str = ""  # of the variant, where it is a generated one
+    pool: str = ""  # element type of the pool, where it is another one
 
     @property
     def source(self) -> str:
@@ -36,6 +37,7 @@ class ModuleSpec:
                 f"#define TVM_FLASHINFER_{name} {value}\n"
                 for name, value in (
                     ("ELEMENT", self.element),
+                    ("POOL", self.pool or self.element),
                     ("HEAD_DIM_QK", self.head_dim_qk),
                     ("HEAD_DIM_VO", self.head_dim_vo),
                     ("VARIANT", self.variant),

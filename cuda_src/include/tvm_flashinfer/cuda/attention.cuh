@@ -4,7 +4,8 @@
 //
 //   persistent blocks, each with
 //     producer warps: take items, gather KV rows into a ring        (producer.cuh, kv_gather.cuh)
-//     consumer warps: S = Q K^T, variant, mask                      (mask.cuh)
+//     consumer warps: transform queries, keys and values            (query_transform, convert.cuh)
+//                     S = Q K^T, variant, mask                      (mask.cuh)
 //                     online softmax, O += P V                      (online_softmax.cuh)
 //                     write the state, or a partial one             (output.cuh)
 //                     merge the tokens whose last state this was    (merge.cuh)
@@ -14,6 +15,7 @@
 #include "../params.h"
 #include "../variant.h"
 #include "block_layout.cuh"
+#include "convert.cuh"
 #include "mask.cuh"
 #include "merge.cuh"
 #include "online_softmax.cuh"
@@ -22,7 +24,9 @@
 #include "producer.cuh"
 #include "ptx.cuh"
 #include "q_tile.cuh"
+#include "query_transform.cuh"
 #include "tile_config.cuh"
+#include "wide_heads.cuh"
 
 namespace tvm_flashinfer {
 namespace cuda {
@@ -107,16 +111,14 @@ __device__ __forceinline__ void Consume(const AttentionParams& p,
                                         const typename Variant::Params& variant,
                                         const Pipeline<C>& pipeline) {
   const BlockLayout<C> at;
+  const OperandTiles<C, Variant> operands(p, variant, pipeline, at);
   RingCursor<C::kItemSlots> items;
   RingCursor<C::kStages> stages;
   const auto release = [&](uint32_t barrier) {
     __syncwarp();
     if (at.lane == 0) ptx::MbarrierArrive(barrier);
   };
-  // A scale of any sign: maxima are of logits under a positive one.
-  float scale = Variant::kHasLogits ? 1.0f : p.sm_scale * kLog2e;
-  const float sign = scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f;
-  scale = scale == 0.0f ? 1.0f : fabsf(scale);
+  const LogitScale<Variant> scale(p.sm_scale);
 
   ptx::WaitForEarlierLaunches();
   while (true) {
@@ -124,11 +126,12 @@ __device__ __forceinline__ void Consume(const AttentionParams& p,
     const ItemInfo info = *pipeline.Info(items.slot);
     if (info.valid == 0) return;
     const QTile<C> q(p, info.item);
+    TransformQueries<C, Variant>(p, variant, q, pipeline, pipeline.Q(items.slot));
     const QFragments<C> q_fragments(at, pipeline.Q(items.slot));
     if constexpr (C::kQInRegisters) release(pipeline.ItemEmpty(items.slot));
     const ItemMask<C, Variant> mask(p, variant, info, q, at);
 
-    OnlineSoftmax<C::kHeadDimVO> state;
+    OnlineSoftmax<C::kHeadDimVO, Variant::kSoftmax> state;
     const int steps = CeilDiv(info.item.kv_count, C::kStepKV);
     for (int step = 0; step < steps; ++step) {
       if (mask.ClassifyStep(step) == TileClass::kEmpty) continue;
@@ -136,34 +139,30 @@ __device__ __forceinline__ void Consume(const AttentionParams& p,
       float s[C::kSliceKV / 8][4];
       ptx::MbarrierWait(pipeline.FullK(stages.slot), stages.phase);
       if (tile != TileClass::kEmpty) {
-        MultiplyQK<C>(s, q_fragments, at, pipeline.K(stages.slot));
-        if constexpr (Variant::kHasLogits) {
-          mask.Transform(s, step, p.sm_scale);
-        } else if (sign != 1.0f) {
-#pragma unroll
-          for (int n = 0; n < C::kSliceKV / 8; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) s[n][e] *= sign;
-          }
-        }
+        MultiplyQK<C>(s, q_fragments, at, operands.K(info, step, stages.slot));
+        scale.Apply(s, mask, step);
         if (tile == TileClass::kMixed) mask.Mask(s, step);
-        state.Update(s, scale);
+        state.Update(s, scale.exponent);
       }
       ptx::MbarrierWait(pipeline.FullV(stages.slot), stages.phase);
-      if (tile != TileClass::kEmpty) MultiplyPV<C>(state.o, s, at, pipeline.V(stages.slot));
+      if (tile != TileClass::kEmpty) {
+        MultiplyPV<C>(state.o, s, at, operands.V(info, step, stages.slot));
+      }
       release(pipeline.Empty(stages.slot));
       stages.Advance();
     }
     if constexpr (!C::kQInRegisters) release(pipeline.ItemEmpty(items.slot));
     items.Advance();
 
-    state.Finish(scale);
-    if constexpr (C::kSlices == 1) {
-      WriteStates<C>(p, info.item, q, at, state);
+    state.Finish(scale.exponent);
+    if constexpr (C::kSlices == 1 && !Variant::kHasOutput) {
+      WriteFragments<C, Variant>(p, variant, info.item, q, at, state.o, state.max, state.sum, 0);
     } else {
-      MergeSlices<C>(p, info.item, q, at, state, pipeline.Scratch());
+      MergeSlices<C, Variant>(p, variant, info.item, q, at, state, pipeline.Scratch());
     }
-    if (info.item.partial >= 0) MergeCompleted<C>(p, info.item, pipeline.Scratch());
+    if (info.item.partial >= 0) {
+      MergeCompleted<C, Variant>(p, variant, info.item, pipeline.Scratch());
+    }
   }
 }
 
@@ -177,10 +176,6 @@ template <typename C, typename Variant>
 __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     AttentionKernel(const __grid_constant__ AttentionParams p,
                     const __grid_constant__ typename Variant::Params variant) {
-  static_assert(!Variant::kHasQuery && !Variant::kHasKey && !Variant::kHasValue &&
-                    !Variant::kHasOutput && !Variant::kHasSink && Variant::kSoftmax,
-                "the CUDA kernels take variants of a logits transform and a mask: query, key, "
-                "value and output transforms, sinks and softmax=False run on the CPU only");
   TVM_FLASHINFER_DYNAMIC_SHARED(smem);
   const Pipeline<C> pipeline(smem);
   if (threadIdx.x == 0) pipeline.Init();
@@ -189,7 +184,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   if (warp < C::kConsumerWarps) {
-    Consume<C, Variant>(p, variant, pipeline);
+    if constexpr (C::kWide) {
+      ConsumeWide<C, Variant>(p, variant, pipeline);
+    } else {
+      Consume<C, Variant>(p, variant, pipeline);
+    }
   } else {
     Producer<C, Variant>(p, variant, pipeline, lane).Run(warp - C::kConsumerWarps);
   }

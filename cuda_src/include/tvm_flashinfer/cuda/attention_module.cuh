@@ -5,6 +5,7 @@
 // it for a GPU, a host compiler against the emulator.
 //
 //   #define TVM_FLASHINFER_ELEMENT BFloat16                  // or Float16
+//   #define TVM_FLASHINFER_POOL BFloat16                     // any type of dtype.h
 //   #define TVM_FLASHINFER_HEAD_DIM_QK 128
 //   #define TVM_FLASHINFER_HEAD_DIM_VO 128
 //   #define TVM_FLASHINFER_VARIANT StandardVariant<true>
@@ -22,16 +23,15 @@ namespace {
 
 using Element = TVM_FLASHINFER_ELEMENT;
 using Variant = TVM_FLASHINFER_VARIANT;
-constexpr int kHeadDimQK = TVM_FLASHINFER_HEAD_DIM_QK;
-constexpr int kHeadDimVO = TVM_FLASHINFER_HEAD_DIM_VO;
+using Kernels = Instances<Element, TVM_FLASHINFER_POOL, TVM_FLASHINFER_HEAD_DIM_QK,
+                          TVM_FLASHINFER_HEAD_DIM_VO, Variant, TVM_FLASHINFER_ROW_TILES>;
 
 thread_local char message[256];
 
 template <typename F>
-const char* WithInstance(int tile_rows, F f) {
+const char* WithInstance(int tile_rows, bool shared, F f) {
   const char* error = nullptr;
-  const bool found = WithTile<Element, kHeadDimQK, kHeadDimVO, Variant, TVM_FLASHINFER_ROW_TILES>(
-      tile_rows, [&](auto instance) { error = f(instance); });
+  const bool found = Kernels::With(tile_rows, shared, [&](auto instance) { error = f(instance); });
   if (found) return error;
   std::snprintf(message, sizeof(message), "no kernel was compiled for tile_rows = %d", tile_rows);
   return message;
@@ -44,7 +44,7 @@ const char* Describe(cudaError_t error) {
 #endif
 
 const char* Check(const AttentionParams& p, int tile_rows) {
-  if (const char* error = CheckParams(p)) return error;
+  if (const char* error = CheckParams<TVM_FLASHINFER_POOL>(p)) return error;
   if (p.num_qo_heads / p.num_kv_heads > tile_rows) {
     std::snprintf(message, sizeof(message),
                   "tile_rows = %d cannot hold the %d query heads of a KV head", tile_rows,
@@ -64,7 +64,7 @@ extern "C" __attribute__((visibility("default"))) const char* tvm_flashinfer_att
     const tvm_flashinfer::AttentionParams* params, int tile_rows, int num_workers, int reversed) {
   using namespace tvm_flashinfer::cuda;
   if (const char* error = Check(*params, tile_rows)) return error;
-  return WithInstance(tile_rows, [&](auto instance) -> const char* {
+  return WithInstance(tile_rows, Kernels::SharesKV(*params), [&](auto instance) -> const char* {
     try {
       decltype(instance)::Emulate(*params, num_workers, reversed != 0);
       return nullptr;
@@ -80,7 +80,7 @@ extern "C" __attribute__((visibility("default"))) const char* tvm_flashinfer_att
     const tvm_flashinfer::AttentionParams* params, int tile_rows, int num_workers, void* stream) {
   using namespace tvm_flashinfer::cuda;
   if (const char* error = Check(*params, tile_rows)) return error;
-  return WithInstance(tile_rows, [&](auto instance) {
+  return WithInstance(tile_rows, Kernels::SharesKV(*params), [&](auto instance) {
     return Describe(
         decltype(instance)::Launch(*params, num_workers, static_cast<cudaStream_t>(stream)));
   });
@@ -90,7 +90,7 @@ extern "C" __attribute__((visibility("default"))) const char* tvm_flashinfer_att
 extern "C" __attribute__((visibility("default"))) const char* tvm_flashinfer_attention_occupancy(
     int tile_rows, int* blocks) {
   using namespace tvm_flashinfer::cuda;
-  return WithInstance(tile_rows, [&](auto instance) {
+  return WithInstance(tile_rows, false, [&](auto instance) {
     return Describe(decltype(instance)::BlocksPerMultiprocessor(blocks));
   });
 }

@@ -13,29 +13,44 @@
 namespace tvm_flashinfer {
 
 //! Never that of a CPU table.
-inline constexpr int32_t kCudaKernelAbi = 0x1002;
+inline constexpr int32_t kCudaKernelAbi = 0x1003;
 
 /*!
- * \brief The new tokens of a layer: queries and keys are rotated, keys and values stored.
+ * \brief The new tokens of a layer: queries and keys are rotated, keys and values stored, through
+ * the variant's transforms of what is stored.
  *
  * Pointers are device pointers; strides are in elements, heads are contiguous.
  */
 struct CudaAppendParams {
-  const void *q, *k, *v;
+  const void *q, *k, *v;  //!< element type of the queries
   int64_t q_token_stride, q_head_stride;
   int64_t k_token_stride, k_head_stride;
   int64_t v_token_stride, v_head_stride;
-  void* rotated_q;  //!< [token, query head, head_dim_qk]; null: nothing is rotated
-  void *k_pool, *v_pool;
+  void* rotated_q;        //!< [token, query head, head_dim_qk]; null: nothing is rotated
+  void* twin_q;           //!< the same, rotated by `positions`; null: queries have no twins
+  void *k_pool, *v_pool;  //!< element type of the pool; without v_pool values are not stored
   KVStrides k_strides, v_strides;
   const int64_t* slots;      //!< [token] page * page_size + slot; negative: drop
-  const int32_t* positions;  //!< [token]
+  const int32_t* positions;  //!< [token] in its request; null: all 0
+  const int32_t* origins;    //!< [token] positions that queries and keys are rotated by
   const float* frequencies;  //!< [rotary_dim / 2]: radians per position
+  const void* variant_params;
   float magnitude;
   int32_t rotary_dim;
   int32_t interleaved;  //!< pairs are (2i, 2i + 1); else (i, i + rotary_dim / 2)
   int32_t num_qo_heads, num_kv_heads;
   int32_t page_size;
+};
+
+/*! \brief Two states of the same queries, and where their merged state goes; it may be one of them.
+ */
+struct CudaMergeParams {
+  const void *o_a, *o_b;       //!< [token, head, dim], element type of the queries
+  const float *lse_a, *lse_b;  //!< [token, head], natural-log
+  void* o;
+  float* lse;
+  int64_t o_token_stride, o_head_stride;  //!< of `o`; those of the inputs are dense
+  int32_t num_tokens, num_heads, dim;
 };
 
 /*! \brief Functions return null, or what went wrong. Streams are cudaStream_t. */
@@ -48,6 +63,7 @@ struct CudaKernel : KernelTraits {
   const char* (*run)(const AttentionParams* params, int32_t tile_rows, int32_t num_workers,
                      void* stream);
   const char* (*append)(const CudaAppendParams* params, int32_t num_tokens, void* stream);
+  const char* (*merge)(const CudaMergeParams* params, void* stream);
   /*! \brief Copy in any direction, in the stream's order. */
   const char* (*copy)(void* to, const void* from, int64_t bytes, void* stream);
   /*! \brief Page-locked host memory. */

@@ -1,6 +1,6 @@
 // Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
 //
-// A kernel table (kernel.h) of the templates: an element type, head dims, a variant and the query
+// A kernel table (kernel.h) of the templates: element types, head dims, a variant and the query
 // tiles asked for. nvcc compiles it for a GPU, a host compiler against the emulator.
 #ifndef TVM_FLASHINFER_CUDA_KERNEL_TABLE_CUH_
 #define TVM_FLASHINFER_CUDA_KERNEL_TABLE_CUH_
@@ -10,60 +10,73 @@
 #include <cstring>
 #include <exception>
 
+#include "../interval.h"
 #include "append.cuh"
 #include "kernel.h"
 #include "launch.cuh"
+#include "merge_states.cuh"
 
 namespace tvm_flashinfer {
 namespace cuda {
 
 template <typename T>
-struct ElementTypeOf;
-template <>
-struct ElementTypeOf<Float16> {
-  static constexpr ElementType kValue = ElementType::kFloat16;
-};
-template <>
-struct ElementTypeOf<BFloat16> {
-  static constexpr ElementType kValue = ElementType::kBFloat16;
-};
+constexpr ElementType ElementTypeOf() {
+  if constexpr (std::is_same_v<T, float>) return ElementType::kFloat32;
+  if constexpr (std::is_same_v<T, Float16>) return ElementType::kFloat16;
+  if constexpr (std::is_same_v<T, BFloat16>) return ElementType::kBFloat16;
+  if constexpr (std::is_same_v<T, Float8E4M3>) return ElementType::kFloat8E4M3;
+  if constexpr (std::is_same_v<T, Float8E5M2>) return ElementType::kFloat8E5M2;
+  if constexpr (std::is_same_v<T, Int8>) return ElementType::kInt8;
+  if constexpr (std::is_same_v<T, Int4>) return ElementType::kInt4;
+}
 
 /*!
+ * \tparam T Queries, new keys and values, outputs: Float16 or BFloat16.
+ * \tparam TKV The pool: those, float, Float8E4M3, Float8E5M2, Int8 or Int4.
  * \tparam kRows Query tiles in packed rows, ascending; decode takes the first, prefill the last.
  */
-template <typename T, int kHeadDimQK, int kHeadDimVO, typename Variant, int... kRows>
+template <typename T, typename TKV, int kHeadDimQK, int kHeadDimVO, typename Variant, int... kRows>
 class __attribute__((visibility("hidden"))) KernelTable {
  public:
   static_assert(sizeof...(kRows) >= 1 && sizeof...(kRows) <= 4, "one to four query tiles");
+  using Params = typename Variant::Params;
 
-  /*! \param causal The variant hides keys after the query. */
-  static const CudaKernel* Get(bool causal) {
-    static const CudaKernel table = Make(causal);
+  /*!
+   * \param causal The variant hides keys after the query.
+   * \param params, num_params What the variant declares; they outlive the table.
+   */
+  static const CudaKernel* Get(bool causal, const VariantParam* params = nullptr,
+                               int32_t num_params = 0) {
+    static const CudaKernel table = Make(causal, params, num_params);
     return &table;
   }
 
  private:
-  static CudaKernel Make(bool causal) {
+  static CudaKernel Make(bool causal, const VariantParam* params, int32_t num_params) {
     constexpr int32_t tiles[] = {kRows...};
     constexpr int32_t num_tiles = sizeof...(kRows);
     CudaKernel table{};
     table.abi = kCudaKernelAbi;
-    table.q_type = ElementTypeOf<T>::kValue;
-    table.kv_type = ElementTypeOf<T>::kValue;
+    table.q_type = ElementTypeOf<T>();
+    table.kv_type = ElementTypeOf<TKV>();
     table.head_dim_qk = kHeadDimQK;
     table.head_dim_vo = kHeadDimVO;
+    table.num_params = num_params;
+    table.params = params;
     table.causal = causal ? 1 : 0;
-    table.softmax = 1;
+    table.softmax = Variant::kSoftmax ? 1 : 0;
+    table.stores = Variant::kHasStoreKey || Variant::kHasStoreValue ? 1 : 0;
     table.row_tiles[0] = tiles[0];
     table.row_tiles[1] = tiles[num_tiles - 1];
     table.kv_align = 16;
-    table.out_of_bounds_param = [](const VariantArgs*, const VisitedRange*) { return int32_t{-1}; };
+    table.out_of_bounds_param = &OutOfBoundsParam;
     table.device_type = kDeviceType;
     table.num_tiles = num_tiles;
     for (int32_t i = 0; i < num_tiles; ++i) table.tiles[i] = tiles[i];
     table.num_workers = &NumWorkers;
     table.run = &Run;
     table.append = &Append;
+    table.merge = &Merge;
     table.copy = &Copy;
     table.host_alloc = &HostAlloc;
     table.host_free = &HostFree;
@@ -79,18 +92,27 @@ class __attribute__((visibility("hidden"))) KernelTable {
     return message;
   }
 
+  static int32_t OutOfBoundsParam(const VariantArgs* args, const VisitedRange* at) {
+    if constexpr (std::is_same_v<Params, VariantArgs>) {
+      return FindOutOfBoundsParam<Variant, kHeadDimQK, kHeadDimVO>(*args, *at);
+    }
+    return -1;
+  }
+
+  using Kernels = Instances<T, TKV, kHeadDimQK, kHeadDimVO, Variant, kRows...>;
+
   template <typename F>
-  static const char* WithInstance(int32_t tile_rows, F f) {
+  static const char* WithInstance(int32_t tile_rows, bool shared, F f) {
     const char* error = nullptr;
-    const bool found = WithTile<T, kHeadDimQK, kHeadDimVO, Variant, kRows...>(
-        tile_rows, [&](auto instance) { error = f(instance); });
+    const bool found =
+        Kernels::With(tile_rows, shared, [&](auto instance) { error = f(instance); });
     if (found) return error;
     std::snprintf(Message(), 256, "no kernel was compiled for tile_rows = %d", tile_rows);
     return Message();
   }
 
   static const char* Check(const AttentionParams& p, int32_t tile_rows) {
-    if (const char* error = CheckParams(p)) return error;
+    if (const char* error = CheckParams<TKV>(p)) return error;
     const int group = p.num_qo_heads / p.num_kv_heads;
     if (group <= tile_rows) return nullptr;
     std::snprintf(Message(), 256, "tile_rows = %d cannot hold the %d query heads of a KV head",
@@ -99,8 +121,16 @@ class __attribute__((visibility("hidden"))) KernelTable {
   }
 
   static int AppendBlocks(const CudaAppendParams& p, int32_t num_tokens) {
-    const int heads = (p.rotated_q != nullptr ? p.num_qo_heads : 0) + 2 * p.num_kv_heads;
-    return num_tokens * CeilDiv(heads, kAppendThreads / kWarpSize);
+    return num_tokens * CeilDiv(NumNewHeads(p), kAppendWarps);
+  }
+  static constexpr int kAppendShared =
+      kAppendWarps * (kHeadDimQK > kHeadDimVO ? kHeadDimQK : kHeadDimVO) * sizeof(float);
+  static const Params& VariantOf(const void* params) {
+    static const Params none{};  // of a variant without parameters
+    return params == nullptr ? none : *static_cast<const Params*>(params);
+  }
+  static int MergeBlocks(const CudaMergeParams& p) {
+    return CeilDiv(p.num_tokens * p.num_heads, kMergeThreads / kWarpSize);
   }
 
 #if defined(TVM_FLASHINFER_CUDA_EMULATION)
@@ -122,15 +152,24 @@ class __attribute__((visibility("hidden"))) KernelTable {
   }
   static const char* Run(const AttentionParams* p, int32_t tile_rows, int32_t num_workers, void*) {
     if (const char* error = Check(*p, tile_rows)) return error;
-    return WithInstance(tile_rows, [&](auto instance) {
+    return WithInstance(tile_rows, Kernels::SharesKV(*p), [&](auto instance) {
       return Emulate([&] { decltype(instance)::Emulate(*p, num_workers, false); });
     });
   }
   static const char* Append(const CudaAppendParams* p, int32_t num_tokens, void*) {
     if (num_tokens == 0) return nullptr;
     return Emulate([&] {
-      emulation::Launch(AppendBlocks(*p, num_tokens), kAppendThreads, 16, false,
-                        [&] { AppendKernel<T, kHeadDimQK, kHeadDimVO>(*p, num_tokens); });
+      emulation::Launch(AppendBlocks(*p, num_tokens), kAppendThreads, kAppendShared, false, [&] {
+        AppendKernel<T, TKV, kHeadDimQK, kHeadDimVO, Variant>(*p, VariantOf(p->variant_params),
+                                                              num_tokens);
+      });
+    });
+  }
+  static const char* Merge(const CudaMergeParams* p, void*) {
+    if (MergeBlocks(*p) == 0) return nullptr;
+    return Emulate([&] {
+      emulation::Launch(MergeBlocks(*p), kMergeThreads, 16, false,
+                        [&] { MergeStatesKernel<T>(*p); });
     });
   }
   static const char* Copy(void* to, const void* from, int64_t bytes, void*) {
@@ -156,7 +195,7 @@ class __attribute__((visibility("hidden"))) KernelTable {
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }
   static const char* NumWorkers(int32_t tile_rows, int32_t* blocks) {
-    return WithInstance(tile_rows, [&](auto instance) {
+    return WithInstance(tile_rows, false, [&](auto instance) {
       int device = 0, multiprocessors = 0, resident = 0;
       cudaGetDevice(&device);
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
@@ -168,16 +207,22 @@ class __attribute__((visibility("hidden"))) KernelTable {
   static const char* Run(const AttentionParams* p, int32_t tile_rows, int32_t num_workers,
                          void* stream) {
     if (const char* error = Check(*p, tile_rows)) return error;
-    return WithInstance(tile_rows, [&](auto instance) {
+    return WithInstance(tile_rows, Kernels::SharesKV(*p), [&](auto instance) {
       return Describe(
           decltype(instance)::Launch(*p, num_workers, static_cast<cudaStream_t>(stream)));
     });
   }
   static const char* Append(const CudaAppendParams* p, int32_t num_tokens, void* stream) {
     if (num_tokens == 0) return nullptr;
-    return Describe(LaunchOverlapping(AppendKernel<T, kHeadDimQK, kHeadDimVO>,
-                                      AppendBlocks(*p, num_tokens), kAppendThreads, 0,
-                                      static_cast<cudaStream_t>(stream), *p, num_tokens));
+    return Describe(LaunchOverlapping(AppendKernel<T, TKV, kHeadDimQK, kHeadDimVO, Variant>,
+                                      AppendBlocks(*p, num_tokens), kAppendThreads, kAppendShared,
+                                      static_cast<cudaStream_t>(stream), *p,
+                                      VariantOf(p->variant_params), num_tokens));
+  }
+  static const char* Merge(const CudaMergeParams* p, void* stream) {
+    if (MergeBlocks(*p) == 0) return nullptr;
+    return Describe(LaunchOverlapping(MergeStatesKernel<T>, MergeBlocks(*p), kMergeThreads, 0,
+                                      static_cast<cudaStream_t>(stream), *p));
   }
   static const char* Copy(void* to, const void* from, int64_t bytes, void* stream) {
     return Describe(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault,

@@ -19,7 +19,8 @@ namespace cuda {
 template <typename C, typename Tile>
 class KVGather {
  public:
-  using T = typename C::T;
+  using Pool = typename C::Pool;
+  static constexpr int kUnitsPerChunk = 16 / sizeof(Pool);
   static constexpr int kRowsPerLane = C::kStepKV / kWarpSize / C::kLoaders;
   static_assert(C::kStepKV % (kWarpSize * C::kLoaders) == 0,
                 "every lane knows the address of as many rows");
@@ -38,7 +39,7 @@ class KVGather {
                                       const KVStrides& strides, const ItemInfo& info, int lane,
                                       int part)
       : pages_(p.plan.kv_indices + info.pages),
-        pool_(static_cast<const T*>(pool) + info.item.head * strides.head),
+        pool_(static_cast<const Pool*>(pool) + info.item.head * strides.head),
         page_stride_(strides.page),
         token_stride_(strides.token),
         page_size_(static_cast<uint32_t>(p.page_size)),
@@ -94,7 +95,7 @@ class KVGather {
   static constexpr bool kWhole = kCopies % kWarpSize == 0;
 
   __device__ __forceinline__ void LoadRun(int64_t offset, int first_row, uint32_t tile) const {
-    const T* from = pool_ + offset;
+    const Pool* from = pool_ + offset;
     const int token_stride = static_cast<int>(token_stride_);
 #pragma unroll
     for (int i = 0; i < CeilDiv(kCopies, kWarpSize); ++i) {
@@ -102,7 +103,7 @@ class KVGather {
       const int row = copy / Tile::kChunks, chunk = copy % Tile::kChunks;
       if (kWhole || copy < kCopies) {
         ptx::CpAsync16(tile + Tile::Offset(first_row + row, chunk),
-                       from + row * token_stride + chunk * kElementsPerChunk);
+                       from + row * token_stride + chunk * kUnitsPerChunk);
       }
     }
   }
@@ -117,7 +118,7 @@ class KVGather {
       if (kWhole || copy < kCopies) {
         const uint32_t to = tile + Tile::Offset(first_row + row, chunk);
         if (from >= 0) {
-          ptx::CpAsync16(to, pool_ + from + chunk * kElementsPerChunk);
+          ptx::CpAsync16(to, pool_ + from + chunk * kUnitsPerChunk);
         } else {
           // Rows past the chunk's end are zeros: 0 x NaN of a stale row would not be.
           ptx::StoreSharedZero16(to);
@@ -127,7 +128,7 @@ class KVGather {
   }
 
   const int32_t* pages_;
-  const T* pool_;
+  const Pool* pool_;
   int64_t page_stride_, token_stride_;
   uint32_t page_size_;
   int page_shift_;  //!< log2 of the page size, or -1

@@ -20,11 +20,13 @@ namespace tvm_flashinfer {
 namespace cuda {
 
 /*! \brief Why operands do not fit the kernels, as one sentence; null if they do. */
-inline const char* CheckParams(const AttentionParams& p) {
+template <typename Pool>
+const char* CheckParams(const AttentionParams& p) {
   const auto aligned = [](const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
   };
   const auto chunked = [](int64_t stride) { return stride % kElementsPerChunk == 0; };
+  const auto pooled = [](int64_t stride) { return stride * int64_t{sizeof(Pool)} % 16 == 0; };
   if (p.num_kv_heads < 1 || p.num_qo_heads % p.num_kv_heads != 0) {
     return "num_qo_heads must be a multiple of num_kv_heads";
   }
@@ -32,11 +34,13 @@ inline const char* CheckParams(const AttentionParams& p) {
   if (!aligned(p.q) || !aligned(p.k) || !aligned(p.v) || !aligned(p.o) || !aligned(p.o_partial)) {
     return "q, k, v, o and o_partial must be 16-byte aligned";
   }
-  if (!chunked(p.q_token_stride) || !chunked(p.q_head_stride) || !chunked(p.k_strides.page) ||
-      !chunked(p.k_strides.head) || !chunked(p.k_strides.token) || !chunked(p.v_strides.page) ||
-      !chunked(p.v_strides.head) || !chunked(p.v_strides.token) || !chunked(p.o_token_stride) ||
+  if (!chunked(p.q_token_stride) || !chunked(p.q_head_stride) || !chunked(p.o_token_stride) ||
       !chunked(p.o_head_stride)) {
-    return "strides of q, k, v and o must be multiples of 8 elements";
+    return "strides of q and o must be multiples of 8 elements";
+  }
+  if (!pooled(p.k_strides.page) || !pooled(p.k_strides.head) || !pooled(p.k_strides.token) ||
+      !pooled(p.v_strides.page) || !pooled(p.v_strides.head) || !pooled(p.v_strides.token)) {
+    return "strides of k and v must be multiples of 16 bytes";
   }
   return nullptr;
 }
@@ -116,10 +120,11 @@ const typename Variant::Params& VariantParamsOf(const AttentionParams& p) {
   return *static_cast<const typename Variant::Params*>(p.variant_params);
 }
 
-/*! \brief The kernel for tiles of `kRows` packed rows. */
-template <typename T, int kHeadDimQK, int kHeadDimVO, int kRows, typename Variant, typename = void>
+/*! \brief The kernel for tiles of `kRows` packed rows, with operands of a form. */
+template <typename T, int kHeadDimQK, int kHeadDimVO, int kRows, typename Variant, typename Form,
+          typename = void>
 struct AttentionInstance {
-  using C = TileConfig<T, kHeadDimQK, kHeadDimVO, kRows>;
+  using C = TileConfig<T, kHeadDimQK, kHeadDimVO, kRows, Form>;
   using Kernel = KernelInstance<C, &AttentionKernel<C, Variant>>;
 
 #if !defined(TVM_FLASHINFER_CUDA_EMULATION)
@@ -139,7 +144,7 @@ struct AttentionInstance {
 #if defined(TVM_FLASHINFER_SM90A)
 /*! \brief The same by warpgroups, where they serve the tile: two kernels, chosen by the pages. */
 template <typename T, int kHeadDimQK, int kHeadDimVO, int kRows, typename Variant>
-struct AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant,
+struct AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant, FormOf<T, T, Variant, false>,
                          std::enable_if_t<FitsWarpgroups<Variant>(kHeadDimQK, kHeadDimVO, kRows)>> {
   template <bool kBoxes>
   using C = WarpgroupConfig<T, kHeadDimQK, kHeadDimVO, kRows, kBoxes>;
@@ -173,16 +178,42 @@ struct AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant,
 #endif
 
 /*!
- * \brief Call `f(instance)` with the kernel for tiles of `rows` packed rows, one of the compiled
- * `kRows...`.
- * \return false: no such tile.
+ * \brief The kernels of one element type, pool type, head sizes and variant.
+ * \tparam kRows Compiled tiles, in packed rows.
  */
-template <typename T, int kHeadDimQK, int kHeadDimVO, typename Variant, int... kRows, typename F>
-bool WithTile(int rows, F f) {
-  return ((rows == kRows ? (f(AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant>{}), true)
-                         : false) ||
-          ...);
-}
+template <typename T, typename TKV, int kHeadDimQK, int kHeadDimVO, typename Variant, int... kRows>
+struct Instances {
+  //! Wide heads have a kernel more, which loads values as the start of their keys.
+  static constexpr bool kMayShare =
+      kHeadDimQK > 256 && kHeadDimVO <= kHeadDimQK && !Variant::kHasKey && !Variant::kHasValue;
+
+  /*!
+   * \brief Call `f(instance)` for the tile of `rows` packed rows.
+   * \param shared Whether values are the start of their keys.
+   * \return false: no such tile.
+   */
+  template <typename F>
+  static bool With(int rows, bool shared, F f) {
+    if constexpr (kMayShare) {
+      if (shared) return WithForm<FormOf<T, TKV, Variant, true>>(rows, f);
+    }
+    return WithForm<FormOf<T, TKV, Variant, false>>(rows, f);
+  }
+
+  static bool SharesKV(const AttentionParams& p) {
+    return p.k == p.v && p.k_strides.page == p.v_strides.page &&
+           p.k_strides.head == p.v_strides.head && p.k_strides.token == p.v_strides.token;
+  }
+
+ private:
+  template <typename Form, typename F>
+  static bool WithForm(int rows, F f) {
+    return ((rows == kRows
+                 ? (f(AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant, Form>{}), true)
+                 : false) ||
+            ...);
+  }
+};
 
 }  // namespace cuda
 }  // namespace tvm_flashinfer

@@ -60,15 +60,19 @@ class ItemMask {
     return ClassifyTokens<Variant>(variant_, info_, FirstToken(step), C::kSliceKV);
   }
 
-  /*! \brief Logits transform; `s` holds q.k and leaves as final logits in units of log2. */
+  /*!
+   * \brief Logits transform; `s` holds q.k and leaves as final logits, in units of log2 if they go
+   * through a softmax.
+   */
   template <int kTiles>
   __device__ __forceinline__ void Transform(float (&s)[kTiles][4], int step, float sm_scale) const {
     ForEach(s, step, [&](float& x, const ElementIndex<int32_t>& at) {
-      x = Variant::template Logits<ThreadLanes>(variant_, x * sm_scale, at) * kLog2e;
+      constexpr float kUnit = Variant::kSoftmax ? kLog2e : 1.0f;
+      x = Variant::template Logits<ThreadLanes>(variant_, x * sm_scale, at) * kUnit;
     });
   }
 
-  /*! \brief Send hidden elements, and those past the chunk's end, to -inf. */
+  /*! \brief Send hidden elements, and those past the chunk's end, to what weighs nothing. */
   template <int kTiles>
   __device__ __forceinline__ void Mask(float (&s)[kTiles][4], int step) const {
     const int32_t end = info_.kv_position + info_.item.kv_count;
@@ -77,7 +81,7 @@ class ItemMask {
       if constexpr (Variant::kHasMask) {
         visible = visible && Variant::template Mask<ThreadLanes>(variant_, at);
       }
-      x = visible ? x : TVM_FLASHINFER_NEG_INF;
+      x = visible ? x : Variant::kSoftmax ? TVM_FLASHINFER_NEG_INF : 0.0f;
     });
   }
 
@@ -108,6 +112,43 @@ class ItemMask {
   const ItemInfo& info_;
   int slice_, column_;
   int32_t request_[2], q_idx_[2], q_head_[2];
+};
+
+/*!
+ * \brief How products of queries and keys become logits: through the variant, or by a scale that
+ * may have any sign, while maxima are of logits under a positive one.
+ */
+template <typename Variant>
+struct LogitScale {
+  float sm_scale;
+  float factor;    //!< of products, where the variant does not take them
+  float exponent;  //!< from there to units of log2
+
+  __device__ __forceinline__ explicit LogitScale(float scale) : sm_scale(scale) {
+    if constexpr (Variant::kHasLogits) {
+      factor = exponent = 1.0f;
+    } else if constexpr (!Variant::kSoftmax) {
+      factor = scale;
+      exponent = 1.0f;
+    } else {
+      factor = scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f;
+      exponent = scale == 0.0f ? 1.0f : fabsf(scale * kLog2e);
+    }
+  }
+
+  template <typename C, int kTiles>
+  __device__ __forceinline__ void Apply(float (&s)[kTiles][4], const ItemMask<C, Variant>& mask,
+                                        int step) const {
+    if constexpr (Variant::kHasLogits) {
+      mask.Transform(s, step, sm_scale);
+    } else if (factor != 1.0f) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[n][e] *= factor;
+      }
+    }
+  }
 };
 
 }  // namespace cuda

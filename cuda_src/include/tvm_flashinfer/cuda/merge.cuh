@@ -15,11 +15,19 @@
 namespace tvm_flashinfer {
 namespace cuda {
 
+/*! \brief The first of a token's partial outputs of a query head. */
+template <typename C>
+__device__ __forceinline__ float* FirstPartial(const AttentionParams& p, int token, int head) {
+  const int64_t row = p.plan.merge_rows[p.plan.merge_indptr[token]];
+  return p.o_partial + (row * p.num_qo_heads + head) * C::kHeadDimVO;
+}
+
 /*! \brief Merge the states of one token, of every query head of a KV head. All consumers call it.
  */
-template <typename C>
-__device__ __forceinline__ void MergeToken(const AttentionParams& p, int token, int kv_head,
-                                           float* lse, int32_t* rows) {
+template <typename C, typename Variant>
+__device__ __forceinline__ void MergeToken(const AttentionParams& p,
+                                           const typename Variant::Params& variant, int token,
+                                           int kv_head, float* lse, int32_t* rows) {
   const int group = p.num_qo_heads / p.num_kv_heads;
   const int begin = p.plan.merge_indptr[token];
   const int count = p.plan.merge_indptr[token + 1] - begin;
@@ -73,12 +81,31 @@ __device__ __forceinline__ void MergeToken(const AttentionParams& p, int token, 
       }
     }
     if (!active) continue;
-    const StateWriter<typename C::T, C::kHeadDimVO> writer(p, token, kv_head * group + g, -1);
-    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    const int head = kv_head * group + g;
+    const StateWriter<typename C::T, C::kHeadDimVO> writer(p, token, head, -1);
+    const StateFinish finish = FinishState<Variant>(p, variant, token, head, true, top, sum);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) x[e] *= inverse;
-    writer.Write(column, x);
-    if (column == 0) writer.WriteLse(NaturalLse(top, sum));
+    for (int e = 0; e < 4; ++e) x[e] *= finish.scale;
+    if constexpr (Variant::kHasOutput) {
+      // Over the first partial output, of which only this thread needed these columns.
+      float* whole = FirstPartial<C>(p, token, head) + column;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) whole[e] = x[e];
+    } else {
+      writer.Write(column, x);
+    }
+    if (column == 0) writer.WriteLse(finish.lse);
+  }
+  if constexpr (Variant::kHasOutput) {
+    Pipeline<C>::SyncConsumers();
+    for (int unit = static_cast<int>(threadIdx.x); unit < group * kUnits;
+         unit += C::kConsumerThreads) {
+      const int head = kv_head * group + unit / kUnits, column = unit % kUnits * 4;
+      float x[4];
+      TransformOutput<Variant, C::kHeadDimVO>(p, variant, token, head,
+                                              FirstPartial<C>(p, token, head), column, x);
+      StateWriter<typename C::T, C::kHeadDimVO>(p, token, head, -1).Write(column, x);
+    }
   }
 }
 
@@ -89,9 +116,10 @@ __device__ __forceinline__ void MergeToken(const AttentionParams& p, int token, 
  * [token, KV head] holds how many states of a token are there; it returns to zero with the last.
  * \param smem kMergeBytes.
  */
-template <typename C>
-__device__ __forceinline__ void MergeCompleted(const AttentionParams& p, const WorkItem& item,
-                                               uint8_t* smem) {
+template <typename C, typename Variant>
+__device__ __forceinline__ void MergeCompleted(const AttentionParams& p,
+                                               const typename Variant::Params& variant,
+                                               const WorkItem& item, uint8_t* smem) {
   int32_t* complete = reinterpret_cast<int32_t*>(smem);           // [kRows] tokens
   int32_t* rows = complete + C::kRows;                            // [kMergeStates]
   float* lse = reinterpret_cast<float*>(rows + C::kMergeStates);  // [kMergeStates, group]
@@ -109,7 +137,7 @@ __device__ __forceinline__ void MergeCompleted(const AttentionParams& p, const W
   }
   Pipeline<C>::SyncConsumers();
   for (int i = 0; i < item.q_count; ++i) {
-    if (complete[i]) MergeToken<C>(p, item.q_begin + i, item.head, lse, rows);
+    if (complete[i]) MergeToken<C, Variant>(p, variant, item.q_begin + i, item.head, lse, rows);
   }
   Pipeline<C>::SyncConsumers();  // the next item reuses the memory
 }

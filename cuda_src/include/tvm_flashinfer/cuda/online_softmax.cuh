@@ -13,10 +13,13 @@ namespace cuda {
 /*!
  * \brief Unnormalised output, running maximum and sum of 16 rows.
  *
+ * Without softmax logits are weights and the output is their sum: the maximum stays 0, so that
+ * states merge as those of a softmax do, and the sum of weights is not kept.
+ *
  * A thread holds two rows (fragment halves). Maxima are of raw logits; `scale` (positive, log2
  * units) turns them into exponents inside one fused multiply-add.
  */
-template <int kHeadDimVO>
+template <int kHeadDimVO, bool kSoftmax = true>
 struct OnlineSoftmax {
   static constexpr int kTiles = kHeadDimVO / 8;
   float o[kTiles][4];
@@ -26,7 +29,7 @@ struct OnlineSoftmax {
   __device__ __forceinline__ OnlineSoftmax() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      max[h] = TVM_FLASHINFER_NEG_INF;
+      max[h] = kSoftmax ? TVM_FLASHINFER_NEG_INF : 0.0f;
       sum[h] = 0.0f;
     }
 #pragma unroll
@@ -39,6 +42,7 @@ struct OnlineSoftmax {
   /*! \brief Replace logits by probabilities under the new maximum; rescale what was before. */
   template <int kLogitTiles>
   __device__ __forceinline__ void Update(float (&s)[kLogitTiles][4], float scale) {
+    if constexpr (!kSoftmax) return;
     float rescale[2];
     if (Exponentiate(s, scale, rescale)) Rescale(rescale);
   }
@@ -95,6 +99,7 @@ struct OnlineSoftmax {
 
   /*! \brief Complete the sums over each row's four threads; maxima become log2 units. */
   __device__ __forceinline__ void Finish(float scale) {
+    if constexpr (!kSoftmax) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);

@@ -6,6 +6,7 @@
 
 #include "../params.h"
 #include "block_layout.cuh"
+#include "lanes.cuh"
 #include "online_softmax.cuh"
 #include "pipeline.cuh"
 #include "ptx.cuh"
@@ -66,39 +67,127 @@ class StateWriter {
   float* lse_;
 };
 
-/*! \brief Write a single slice's states from registers. */
-template <typename C>
-__device__ __forceinline__ void WriteStates(const AttentionParams& p, const WorkItem& item,
-                                            const QTile<C>& q, const BlockLayout<C>& at,
-                                            const OnlineSoftmax<C::kHeadDimVO>& s) {
+/*! \brief What makes an output of a sum of weighted values, and its LSE. */
+struct StateFinish {
+  float scale, lse;
+};
+
+/*!
+ * \brief Finish a state of (token, query head): normalise it and, if it is of all keys, add the
+ * variant's sink. Without softmax a state is a sum already.
+ * \param max In units of log2.
+ */
+template <typename Variant>
+__device__ __forceinline__ StateFinish FinishState(const AttentionParams& p,
+                                                   const typename Variant::Params& variant,
+                                                   int token, int head, bool final, float max,
+                                                   float sum) {
+  if constexpr (!Variant::kSoftmax) return {1.0f, 0.0f};
+  float scale = 1.0f;
+  if constexpr (Variant::kHasSink) {
+    if (final) {
+      const ElementIndex<int32_t> at{p.plan.q_request[token], p.plan.q_position[token], 0, head,
+                                     head / (p.num_qo_heads / p.num_kv_heads)};
+      const float sink = Variant::template Sink<ThreadLanes>(variant, at) * kLog2e;
+      const float top = fmaxf(max, sink), shift = top == TVM_FLASHINFER_NEG_INF ? 0.0f : top;
+      scale = ptx::Exp2(max - shift);
+      sum = sum * scale + ptx::Exp2(sink - shift);
+      max = top;
+    }
+  }
+  return {sum > 0.0f ? scale / sum : 0.0f, NaturalLse(max, sum)};
+}
+
+/*! \brief A row of floats: index -> element. */
+struct FloatRow {
+  const float* row;
+  __device__ __forceinline__ float operator()(int i) const { return row[i]; }
+};
+
+/*!
+ * \brief The variant's transform of the output of (token, query head).
+ * \param row The normalised output, complete.
+ * \param x Elements [column, column + 4) of the transformed one.
+ */
+template <typename Variant, int kHeadDimVO>
+__device__ __forceinline__ void TransformOutput(const AttentionParams& p,
+                                                const typename Variant::Params& variant, int token,
+                                                int head, const float* row, int column,
+                                                float (&x)[4]) {
+  using Lanes = VectorLanes<FloatRow>;
+  VectorIndex<Lanes> at{p.plan.q_request[token],
+                        p.plan.q_position[token],
+                        head,
+                        head / (p.num_qo_heads / p.num_kv_heads),
+                        token,
+                        0};
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    at.dim = column + e;
+    x[e] = Variant::template Output<Lanes>(
+        variant, typename Lanes::Vector{FloatRow{row}, kHeadDimVO - 1, at.dim}, at);
+  }
+}
+
+/*! \brief Write rows [first, first + rows) of a tile whose normalised outputs lie in `o`. */
+template <typename C, typename Variant>
+__device__ __forceinline__ void WriteTransformed(const AttentionParams& p,
+                                                 const typename Variant::Params& variant,
+                                                 const WorkItem& item, const QTile<C>& q, int first,
+                                                 int rows, const float* o, int thread) {
+  constexpr int kUnits = C::kHeadDimVO / 4;
+  for (int unit = thread; unit < rows * kUnits; unit += C::kConsumerThreads) {
+    const int row = unit / kUnits, column = unit % kUnits * 4;
+    const int token = item.q_begin + q.Token(first + row), head = q.Head(first + row);
+    float x[4];
+    TransformOutput<Variant, C::kHeadDimVO>(p, variant, token, head, o + row * C::kExchangePitch,
+                                            column, x);
+    StateWriter<typename C::T, C::kHeadDimVO>(p, token, head, -1).Write(column, x);
+  }
+}
+
+/*!
+ * \brief Write states from registers: a warp's 16 rows, and 8 kTiles columns from `column` on.
+ * \param max, sum Of the rows of the fragment's halves; maxima in units of log2.
+ */
+template <typename C, typename Variant, int kTiles>
+__device__ __forceinline__ void WriteFragments(const AttentionParams& p,
+                                               const typename Variant::Params& variant,
+                                               const WorkItem& item, const QTile<C>& q,
+                                               const BlockLayout<C>& at,
+                                               const float (&o)[kTiles][4], const float (&max)[2],
+                                               const float (&sum)[2], int column) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = at.Row(h);
     if (row >= q.rows) continue;
-    const int token = q.Token(row);
+    const int token = q.Token(row), head = q.Head(row);
     const StateWriter<typename C::T, C::kHeadDimVO> writer(
-        p, item.q_begin + token, q.Head(row), item.partial < 0 ? -1 : item.partial + token);
-    const float inverse = s.sum[h] > 0.0f ? 1.0f / s.sum[h] : 0.0f;
+        p, item.q_begin + token, head, item.partial < 0 ? -1 : item.partial + token);
+    const StateFinish finish = FinishState<Variant>(p, variant, item.q_begin + token, head,
+                                                    item.partial < 0, max[h], sum[h]);
 #pragma unroll
-    for (int n = 0; n < C::kHeadDimVO / 8; ++n) {
-      const float pair[2] = {s.o[n][2 * h] * inverse, s.o[n][2 * h + 1] * inverse};
-      writer.Write(n * 8 + 2 * (at.lane % 4), pair);
+    for (int n = 0; n < kTiles; ++n) {
+      const float pair[2] = {o[n][2 * h] * finish.scale, o[n][2 * h + 1] * finish.scale};
+      writer.Write(column + n * 8 + 2 * (at.lane % 4), pair);
     }
-    if (at.lane % 4 == 0) writer.WriteLse(NaturalLse(s.max[h], s.sum[h]));
+    if (column == 0 && at.lane % 4 == 0) writer.WriteLse(finish.lse);
   }
 }
 
 /*!
  * \brief Merge the states of the slices through shared memory, a few rows at a time, and write
- * them.
+ * them. With a single slice: for a variant that transforms whole rows of the output.
  * \param smem kExchangeBytes. All consumers call it.
  */
-template <typename C>
-__device__ __forceinline__ void MergeSlices(const AttentionParams& p, const WorkItem& item,
-                                            const QTile<C>& q, const BlockLayout<C>& at,
-                                            const OnlineSoftmax<C::kHeadDimVO>& s, uint8_t* smem) {
+template <typename C, typename Variant>
+__device__ __forceinline__ void MergeSlices(
+    const AttentionParams& p, const typename Variant::Params& variant, const WorkItem& item,
+    const QTile<C>& q, const BlockLayout<C>& at,
+    const OnlineSoftmax<C::kHeadDimVO, Variant::kSoftmax>& s, uint8_t* smem) {
   constexpr int kSlots = C::kSlices * C::kExchangeRows;
   constexpr int kUnits = C::kHeadDimVO / 4;
+  const bool transforms = Variant::kHasOutput && item.partial < 0;
   float* o = reinterpret_cast<float*>(smem);  // [slice, row, pitch]
   float* top = o + kSlots * C::kExchangePitch;
   float* sum = top + kSlots;
@@ -141,15 +230,26 @@ __device__ __forceinline__ void MergeSlices(const AttentionParams& p, const Work
 #pragma unroll
         for (int e = 0; e < 4; ++e) x[e] += weight * o[slot * C::kExchangePitch + column + e];
       }
-      const int token = q.Token(first + row);
+      const int token = q.Token(first + row), head = q.Head(first + row);
       const StateWriter<typename C::T, C::kHeadDimVO> writer(
-          p, item.q_begin + token, q.Head(first + row),
-          item.partial < 0 ? -1 : item.partial + token);
-      const float inverse = all_sum > 0.0f ? 1.0f / all_sum : 0.0f;
+          p, item.q_begin + token, head, item.partial < 0 ? -1 : item.partial + token);
+      const StateFinish finish = FinishState<Variant>(p, variant, item.q_begin + token, head,
+                                                      item.partial < 0, all_max, all_sum);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] *= inverse;
-      writer.Write(column, x);
-      if (column == 0) writer.WriteLse(NaturalLse(all_max, all_sum));
+      for (int e = 0; e < 4; ++e) x[e] *= finish.scale;
+      if (transforms) {
+        // Over the first slice's, which nobody but this thread reads here.
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o[row * C::kExchangePitch + column + e] = x[e];
+      } else {
+        writer.Write(column, x);
+      }
+      if (column == 0) writer.WriteLse(finish.lse);
+    }
+    if constexpr (Variant::kHasOutput) {
+      if (!transforms) continue;
+      Pipeline<C>::SyncConsumers();
+      WriteTransformed<C, Variant>(p, variant, item, q, first, rows, o, at.thread);
     }
   }
 }

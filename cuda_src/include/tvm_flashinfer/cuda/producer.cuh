@@ -69,8 +69,8 @@ class Producer {
     }
   }
 
-  using KGather = KVGather<C, typename C::KTile>;
-  using VGather = KVGather<C, typename C::VTile>;
+  using KGather = KVGather<C, typename C::KRing>;
+  using VGather = KVGather<C, typename C::VRing>;
 
   __device__ __forceinline__ void LoadK(const ItemInfo& info, int part) {
     const KGather gather(p_, p_.k, p_.k_strides, info, lane_, part);
@@ -83,6 +83,7 @@ class Producer {
         [&](int slot) { return pipeline_.FullK(slot); });
   }
   __device__ __forceinline__ void LoadV(const ItemInfo& info, int part) {
+    if constexpr (C::Form::kSharedKV) return;
     const VGather gather(p_, p_.v, p_.v_strides, info, lane_, part);
     LoadSteps(
         info, gather, gather.Resolve(0), [&](int slot) { return pipeline_.V(slot); },

@@ -158,6 +158,48 @@ __device__ __forceinline__ float ToFloat(Float16 x) {
   return wide;
 }
 
+/*! \brief Elements of other types, as float32. */
+__device__ __forceinline__ float ToFloat(float x) { return x; }
+__device__ __forceinline__ float ToFloat(Int8 x) { return static_cast<float>(x.value); }
+__device__ __forceinline__ float ToFloat(Float8E5M2 x) {
+  return ptx::ToFloat(Float16{static_cast<uint16_t>(x.bits << 8)});  // the upper half of a Float16
+}
+__device__ __forceinline__ float ToFloat(Float8E4M3 x) {
+#if __CUDA_ARCH__ >= 890
+  uint32_t pair;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<uint16_t>(x.bits)));
+  return ptx::ToFloat(Float16{static_cast<uint16_t>(pair)});
+#else
+  return ::tvm_flashinfer::ToFloat(x);
+#endif
+}
+
+/*! \brief Four 8-bit floats that follow each other, the first lowest, as float32. */
+template <typename T>
+__device__ __forceinline__ void ToFloat4(uint32_t packed, float (&x)[4]) {
+#if __CUDA_ARCH__ >= 890
+  uint32_t pair[2];
+  if constexpr (std::is_same_v<T, Float8E4M3>) {
+    asm("{\n\t.reg .b16 lo, hi;\n\tmov.b32 {lo, hi}, %2;\n\tcvt.rn.f16x2.e4m3x2 %0, lo;\n\t"
+        "cvt.rn.f16x2.e4m3x2 %1, hi;\n\t}"
+        : "=r"(pair[0]), "=r"(pair[1])
+        : "r"(packed));
+  } else {
+    asm("{\n\t.reg .b16 lo, hi;\n\tmov.b32 {lo, hi}, %2;\n\tcvt.rn.f16x2.e5m2x2 %0, lo;\n\t"
+        "cvt.rn.f16x2.e5m2x2 %1, hi;\n\t}"
+        : "=r"(pair[0]), "=r"(pair[1])
+        : "r"(packed));
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[i] = ptx::ToFloat(Float16{static_cast<uint16_t>(pair[i / 2] >> (i % 2 * 16))});
+  }
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = ptx::ToFloat(T{static_cast<uint8_t>(packed >> (8 * i))});
+#endif
+}
+
 /*! \brief Round to a 16-bit element, to nearest even. */
 template <typename T>
 __device__ __forceinline__ T FromFloat(float x) {
@@ -188,6 +230,18 @@ __device__ __forceinline__ uint32_t Pack2(float lo, float hi) {
 __device__ __forceinline__ float Exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/*! \brief Sine and cosine of an angle in [-pi, pi], within 2^-20.9. */
+__device__ __forceinline__ float Sin(float x) {
+  float y;
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float Cos(float x) {
+  float y;
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

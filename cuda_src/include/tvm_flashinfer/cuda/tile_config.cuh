@@ -4,7 +4,10 @@
 #ifndef TVM_FLASHINFER_CUDA_TILE_CONFIG_CUH_
 #define TVM_FLASHINFER_CUDA_TILE_CONFIG_CUH_
 
+#include <type_traits>
+
 #include "../plan.h"
+#include "operand_form.cuh"
 #include "platform.cuh"
 #include "swizzle.cuh"
 
@@ -18,10 +21,17 @@ namespace cuda {
  * consumers, across work items. Consumer warps form a grid of kWarpsQ x kSlices, 16 rows each: the
  * kSlices warps of one row group split each stage between them and merge their states at the end
  * of the item. A small tile (decode) has one row group, a large one (prefill) one slice.
+ *
+ * Heads above 256 are wide: their outputs don't fit a warp's registers, so the warps of a row group
+ * share a stage's tokens for logits, and split the columns of its output (wide_heads.cuh).
+ *
+ * \tparam Form_ See operand_form.cuh.
  */
-template <typename T_, int kHeadDimQK_, int kHeadDimVO_, int kRows_>
+template <typename T_, int kHeadDimQK_, int kHeadDimVO_, int kRows_,
+          typename Form_ = OperandForm<T_>>
 struct TileConfig {
   using T = T_;
+  using Form = Form_;
   static constexpr int kHeadDimQK = kHeadDimQK_;
   static constexpr int kHeadDimVO = kHeadDimVO_;
   static constexpr int kRows = kRows_;
@@ -30,18 +40,25 @@ struct TileConfig {
   static_assert(kHeadDimQK % 16 == 0 && kHeadDimVO % 16 == 0, "head dims are multiples of 16");
   static constexpr int kHeadDim = kHeadDimQK > kHeadDimVO ? kHeadDimQK : kHeadDimVO;
 
+  static constexpr bool kWide = kHeadDim > 256;
+  static_assert(!kWide || (kRows != 32 && kRows != 128 && kHeadDimVO % 64 == 0),
+                "wide heads have tiles of 16 and 64 rows, and values of multiples of 64");
+  static_assert(!Form::kSharedKV || (kWide && kHeadDimVO <= kHeadDimQK && !Form::kConvertV),
+                "values that start their keys are read from them as they are");
+
   static constexpr int kWarpsQ = kRows / 16;
-  static constexpr int kSlices = kWarpsQ >= 4 ? 1 : 4 / kWarpsQ;
+  static constexpr int kSlices = kWide ? 4 : kWarpsQ >= 4 ? 1 : 4 / kWarpsQ;
   static constexpr int kConsumerWarps = kWarpsQ * kSlices;
   static constexpr int kConsumerThreads = kConsumerWarps * kWarpSize;
   // Two blocks a multiprocessor hide each other's ends of items.
   static constexpr int kMinBlocks = kRows <= 64 && kHeadDim <= 128 ? 2 : 1;
 
   /*! KV tokens of a stage: 64, and more of small heads, fewer where registers are short. */
-  static constexpr int kStepKV = kSlices == 4 && kHeadDim <= 64   ? 128
+  static constexpr int kStepKV = kWide && !Form::kSharedKV        ? 32
+                                 : kSlices == 4 && kHeadDim <= 64 ? 128
                                  : kSlices == 1 && kHeadDim > 128 ? 32
                                                                   : 64;
-  static constexpr int kSliceKV = kStepKV / kSlices;
+  static constexpr int kSliceKV = kWide ? 16 : kStepKV / kSlices;
   static constexpr bool kQInRegisters = kHeadDimQK <= 128;
 
   static constexpr int kLoaders = kRows == 128 ? 2 : 1;  //!< warps that load K, and as many V
@@ -51,38 +68,52 @@ struct TileConfig {
   using QTile = SwizzledTile<kHeadDimQK, kRows>;
   using KTile = SwizzledTile<kHeadDimQK, kStepKV>;
   using VTile = SwizzledTile<kHeadDimVO, kStepKV>;
-  static constexpr int kKBytes = KTile::kBytes;
-  static constexpr int kStageBytes = kKBytes + VTile::kBytes;
+  // What lies in the ring: the operands themselves, or rows that are converted to them.
+  using Pool = typename Form::Pool;
+  using KRing = std::conditional_t<Form::kConvertK, RawTile<Pool, kHeadDimQK, kStepKV>, KTile>;
+  using VRing = std::conditional_t<Form::kConvertV, RawTile<Pool, kHeadDimVO, kStepKV>, VTile>;
+  static constexpr int kKBytes = KRing::kBytes;
+  static constexpr int kStageBytes = kKBytes + (Form::kSharedKV ? 0 : VRing::kBytes);
+  static constexpr int kOperandKBytes = Form::kConvertK ? KTile::kBytes : 0;
+  static constexpr int kOperandBytes = kOperandKBytes + (Form::kConvertV ? VTile::kBytes : 0);
   static constexpr int kQBytes = QTile::kBytes;
 
-  static constexpr int kItemSlots = 2;
+  static constexpr int kItemSlots = kWide && kRows > 16 ? 1 : 2;
 
   // States of the slices are exchanged a few rows at a time, a merge stages a few states at a time.
-  static constexpr int kExchangeRows = 4;
+  static constexpr int kExchangeRows = kSlices == 1 ? 16 : kWide ? 1 : 4;
   static constexpr int kExchangePitch = kHeadDimVO + 4;  // floats; keeps rows off one bank
   static constexpr int kExchangeBytes =
-      kSlices == 1 ? 0 : kSlices * kExchangeRows * (kExchangePitch + 2) * 4;
-  static constexpr int kMergeStates = 32;
+      kSlices == 1 && !Form::kRowOutputs ? 0 : kSlices * kExchangeRows * (kExchangePitch + 2) * 4;
+  // Wide heads: weights of a stage, and maxima or sums of each row and slice.
+  using WeightTile = SwizzledTile<kStepKV, kRows>;
+  static constexpr int kWeightBytes = kWide ? WeightTile::kBytes + kRows * kSlices * 4 : 0;
+  static constexpr int kMergeStates = kWide ? 16 : 32;
   static constexpr int kMergeBytes = (kRows + kMergeStates * (kRows + 1)) * 4;
   static constexpr int Max(int a, int b) { return a > b ? a : b; }
 
   // Decode keeps 128 KiB a multiprocessor in flight: latency times bandwidth is about 40 KiB, the
   // rest covers consumers that are busy with the end of an item. More is slower (an H200 loses 2 %
   // with 192 KiB): copies then queue in the L2 cache. Prefill takes what fits.
+  static constexpr int kScratchBytes = Max(Max(kExchangeBytes, kMergeBytes), kWeightBytes);
   static constexpr int kFixedBytes =
-      kItemSlots * (kQBytes + 64) + Max(kExchangeBytes, kMergeBytes) + 256;
-  static constexpr int kRingBudget = kSlices > 1
+      kItemSlots * (kQBytes + 64) + kScratchBytes + kOperandBytes + 256;
+  static constexpr int kRoom = (kMinBlocks == 2 ? 113 : 227) * 1024 - kFixedBytes;
+  static constexpr int kRingBudget = kWide ? kRoom
+                                     : kSlices > 1
                                          ? (kMinBlocks == 2 ? 64 : 128) * 1024
                                          : (kMinBlocks == 2 ? 113 : 226) * 1024 - kFixedBytes;
   static constexpr int kStagesThatFit = kRingBudget / kStageBytes;
   static constexpr int kStages = kStagesThatFit < 2 ? 2 : kStagesThatFit > 6 ? 6 : kStagesThatFit;
 
-  // Shared memory: ring, query tiles, exchange or merge, item records, barriers.
-  static constexpr int kQOffset = kStages * kStageBytes;
+  // Shared memory: ring, converted operands, query tiles, scratch, item records, barriers.
+  static constexpr int kOperandOffset = kStages * kStageBytes;
+  static constexpr int kQOffset = kOperandOffset + kOperandBytes;
   static constexpr int kScratchOffset = kQOffset + kItemSlots * kQBytes;
-  static constexpr int kInfoOffset = kScratchOffset + Max(kExchangeBytes, kMergeBytes);
+  static constexpr int kInfoOffset = kScratchOffset + kScratchBytes;
   static constexpr int kBarrierOffset = kInfoOffset + kItemSlots * 64;
   static constexpr int kSharedBytes = kBarrierOffset + 8 * (3 * kStages + 3 * kItemSlots);
+  static_assert(kSharedBytes <= 227 * 1024, "a block has at most 227 KiB of shared memory");
 };
 
 }  // namespace cuda

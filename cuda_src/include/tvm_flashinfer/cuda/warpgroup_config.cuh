@@ -24,7 +24,7 @@ template <typename Variant>
 constexpr bool FitsWarpgroups(int head_dim_qk, int head_dim_vo, int rows) {
   return rows == 128 && (head_dim_qk == 64 || head_dim_qk == 128) &&
          (head_dim_vo == 64 || head_dim_vo == 128) && !Variant::kHasQuery && !Variant::kHasKey &&
-         !Variant::kHasValue && !Variant::kHasOutput && !Variant::kHasSink && Variant::kSoftmax;
+         !Variant::kHasValue && !Variant::kHasOutput && Variant::kSoftmax;
 }
 
 /*!

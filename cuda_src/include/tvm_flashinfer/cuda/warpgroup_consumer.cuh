@@ -131,8 +131,10 @@ class WarpgroupConsumer {
       Release(pipeline_.ItemEmpty(items.slot));
     }
     state.Finish(scale_);
-    WriteRows<C>(p_, info.item, rows, at_.lane, state.o, state.max, state.sum);
-    if (info.item.partial >= 0) MergeCompleted<C>(p_, info.item, pipeline_.Scratch());
+    WriteRows<C, Variant>(p_, variant_, info.item, rows, at_.lane, state.o, state.max, state.sum);
+    if (info.item.partial >= 0) {
+      MergeCompleted<C, Variant>(p_, variant_, info.item, pipeline_.Scratch());
+    }
   }
 
   /*! \brief Issue s = Q K^T of the K tile at hand. */

@@ -39,9 +39,10 @@ __device__ __forceinline__ void TransposeQuad(uint32_t (&x)[4], int quad) {
  * \brief Write the states of this thread's two rows; by all lanes of a warp.
  * \param max In log2 units; with the sum, as OnlineSoftmax::Finish leaves them.
  */
-template <typename C>
-__device__ __forceinline__ void WriteRows(const AttentionParams& p, const WorkItem& item,
-                                          const QueryRow (&rows)[2], int lane,
+template <typename C, typename Variant>
+__device__ __forceinline__ void WriteRows(const AttentionParams& p,
+                                          const typename Variant::Params& variant,
+                                          const WorkItem& item, const QueryRow (&rows)[2], int lane,
                                           const float (&o)[C::kHeadDimVO / 8][4],
                                           const float (&max)[2], const float (&sum)[2]) {
   using T = typename C::T;
@@ -49,7 +50,11 @@ __device__ __forceinline__ void WriteRows(const AttentionParams& p, const WorkIt
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const bool exists = rows[h].token >= 0;
-    const float inverse = sum[h] > 0.0f ? 1.0f / sum[h] : 0.0f;
+    StateFinish finish{0.0f, 0.0f};
+    if (exists) {
+      finish = FinishState<Variant>(p, variant, rows[h].token, rows[h].head, item.partial < 0,
+                                    max[h], sum[h]);
+    }
     if (item.partial < 0) {
       T* to = static_cast<T*>(p.o) + rows[h].token * p.o_token_stride +
               rows[h].head * p.o_head_stride + quad * kElementsPerChunk;
@@ -59,23 +64,24 @@ __device__ __forceinline__ void WriteRows(const AttentionParams& p, const WorkIt
         uint32_t pairs[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          pairs[i] = ptx::Pack2<T>(o[n + i][2 * h] * inverse, o[n + i][2 * h + 1] * inverse);
+          pairs[i] =
+              ptx::Pack2<T>(o[n + i][2 * h] * finish.scale, o[n + i][2 * h + 1] * finish.scale);
         }
         TransposeQuad(pairs, quad);
         if (exists) ptx::Store16(to + n * 8, pairs);
       }
       if (exists && quad == 0 && p.lse != nullptr) {
-        p.lse[int64_t{rows[h].token} * p.num_qo_heads + rows[h].head] = NaturalLse(max[h], sum[h]);
+        p.lse[int64_t{rows[h].token} * p.num_qo_heads + rows[h].head] = finish.lse;
       }
     } else if (exists) {
       const StateWriter<T, C::kHeadDimVO> writer(p, rows[h].token, rows[h].head,
                                                  item.partial + rows[h].token - item.q_begin);
 #pragma unroll
       for (int n = 0; n < C::kHeadDimVO / 8; ++n) {
-        const float pair[2] = {o[n][2 * h] * inverse, o[n][2 * h + 1] * inverse};
+        const float pair[2] = {o[n][2 * h] * finish.scale, o[n][2 * h + 1] * finish.scale};
         writer.Write(n * 8 + 2 * quad, pair);
       }
-      if (quad == 0) writer.WriteLse(NaturalLse(max[h], sum[h]));
+      if (quad == 0) writer.WriteLse(finish.lse);
     }
   }
 }

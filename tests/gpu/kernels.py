@@ -1,0 +1,117 @@
+# Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+"""The kernel tables of variants, pools and head sizes that the GPU tests run, by name.
+
+Compiled on a machine with TVM's compiler and nvcc; what runs them needs neither, and so no Variant
+that is traced: stand-ins carry what the runtime asks of one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+from modules import ARCH, FOLDER
+
+KERNELS = FOLDER / "kernels"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A table and the variant that it computes, by its name in `variant_of`."""
+
+    variant: str
+    head_dim_qk: int = 64
+    head_dim_vo: int = 64
+    dtype: str = "float16"
+    kv_dtype: str = "float16"
+
+    @property
+    def name(self) -> str:
+        dims = f"{self.head_dim_qk}x{self.head_dim_vo}"
+        return f"{self.variant}_{self.dtype}_{self.kv_dtype}_{dims}"
+
+
+#: Every shipped variant, at small heads; then what is measured.
+SHIPPED = [
+    "full", "causal", "sliding_window", "local_window", "streaming", "soft_cap",
+    "soft_cap_window", "alibi", "bias", "custom_mask", "prefix_lm", "packed_documents",
+    "head_scale", "packed_mask", "learned_sink", "learned_sink_window", "sigmoid", "gated",
+]  # fmt: skip
+#: Compiled first: what the measurements need, and a variant of every kind.
+FIRST = ["learned_sink_window", "gated", "sigmoid", "alibi", "custom_mask"]
+MEASURED = [
+    Kernel("causal", 128, 128, "bfloat16", "bfloat16"),
+    Kernel("rope128", 128, 128, "bfloat16", "bfloat16"),
+    Kernel("causal", 128, 128, "bfloat16", "float8_e4m3fn"),
+    Kernel("causal", 576, 512, "bfloat16", "bfloat16"),
+]
+QUANTIZED = [Kernel("channel_scales", 64, 64, "float16", kv) for kv in ("float8_e4m3fn", "int8")]
+ALL = [
+    *MEASURED,
+    *QUANTIZED,
+    *(Kernel(name) for name in FIRST),
+    Kernel("causal"),
+    Kernel("sliding_window"),
+    *(Kernel(name) for name in SHIPPED if name not in {*FIRST, "causal", "sliding_window"}),
+]
+
+
+def variant_of(name: str) -> Any:
+    """The variant of a name; making it needs no compiler, compiling it does."""
+    from tvm_flashinfer import variants
+
+    if name == "rope128":
+        return variants.rope(128)
+    if name == "channel_scales":
+        return variants.quantized()
+    return variants.SHIPPED[name]
+
+
+@dataclass(frozen=True, eq=False)
+class StandIn:
+    """As much of a Variant as running a compiled one takes."""
+
+    name: str
+    params: Any
+    uses_positions: bool = True
+
+
+def stand_in(name: str) -> Any:
+    variant = variant_of(name)
+    return StandIn(variant.name, variant.params)
+
+
+def build(names: list[str] | None = None) -> None:
+    """Compile into the folder what is not there."""
+    from tvm_flashinfer import jit_cuda
+    from tvm_flashinfer.jit import AttentionSpec
+
+    KERNELS.mkdir(parents=True, exist_ok=True)
+    for kernel in ALL:
+        if names and kernel.name not in names:
+            continue
+        spec = AttentionSpec(
+            kernel.dtype,
+            kernel.kv_dtype,
+            kernel.head_dim_qk,
+            kernel.head_dim_vo,
+            variant_of(kernel.variant),
+        )
+        made = jit_cuda.build_attention(spec, arch=f"sm_{ARCH}")
+        shutil.copy(made.library_path, KERNELS / f"{kernel.name}.so")
+        (KERNELS / f"{kernel.name}.json").write_text(json.dumps({"symbol": made.symbol}))
+        print(kernel.name, flush=True)
+
+
+def load(kernel: Kernel) -> Any:
+    """The factory of a compiled table; KeyError-like FileNotFoundError if it was not compiled."""
+    import tvm_ffi
+
+    about = json.loads((KERNELS / f"{kernel.name}.json").read_text())
+    return getattr(tvm_ffi.load_module(str(KERNELS / f"{kernel.name}.so")), about["symbol"])
+
+
+if __name__ == "__main__":
+    build()
