@@ -44,6 +44,7 @@ class LayoutLevel(ctypes.Structure):
         ("kv_indices", int32_p),
         ("last_block_len", int32_p),
         ("kv_position", int32_p),
+        ("tile_tokens", int32_p),
     ]
 
 
@@ -56,6 +57,7 @@ class ScheduleInput(ctypes.Structure):
         ("levels", POINTER(LayoutLevel)),
         ("page_size", c_int32),
         ("q_position", int32_p),
+        ("request_ids", int32_p),
         ("causal", c_bool),
         ("window_left", c_int32),
         ("attention_sink", c_int32),
@@ -189,6 +191,7 @@ class PlanLibrary:
         self.lib = ctypes.CDLL(path)
         self.lib.harness_params_size.restype = c_int64
         self.lib.harness_input_size.restype = c_int64
+        self.lib.harness_level_size.restype = c_int64
         self.lib.harness_scheduler_create.restype = c_void_p
         self.lib.harness_scheduler_create.argtypes = [POINTER(PlanBounds)]
         self.lib.harness_scheduler_destroy.argtypes = [c_void_p]
@@ -205,6 +208,8 @@ class PlanLibrary:
             raise RuntimeError("AttentionParams differs from params.h")
         if self.lib.harness_input_size() != ctypes.sizeof(ScheduleInput):
             raise RuntimeError("ScheduleInput differs from schedule.h")
+        if self.lib.harness_level_size() != ctypes.sizeof(LayoutLevel):
+            raise RuntimeError("LayoutLevel differs from schedule.h")
 
     def plan(
         self,

@@ -15,6 +15,7 @@ thread_local char message[256];
 
 extern "C" int64_t harness_params_size() { return sizeof(AttentionParams); }
 extern "C" int64_t harness_input_size() { return sizeof(ScheduleInput); }
+extern "C" int64_t harness_level_size() { return sizeof(LayoutLevel); }
 
 /*! \param out [total, max_items, max_partials] */
 extern "C" void harness_plan_layout(const PlanBounds* bounds, int64_t* out) {
