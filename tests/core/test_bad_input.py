@@ -217,7 +217,7 @@ def test_kernel_of_another_size(step, batch_attention):
     kernel = load_kernel(build_attention(AttentionSpec("float32", "float32", 64, 64)))
     bounds = tvm_ffi.Shape([1, 1, 1, 1, 0, 4, 0])
     with pytest.raises(ValueError, match="`kernel` was compiled for head_dim_qk 64, expected 128"):
-        create(kernel, bounds, tvm_ffi.Shape([1, 1, 128, 64]), "NHD")
+        create(kernel, bounds, tvm_ffi.Shape([1, 1, 128, 64]), "NHD", 0)
 
 
 def test_append_names_the_argument_and_writes_nothing(step):

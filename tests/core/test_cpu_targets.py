@@ -34,7 +34,7 @@ def mcpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if missing:
         pytest.skip(f"this CPU has no {', '.join(sorted(missing))}")
     build = functools.partial(build_attention, mcpu=request.param)
-    monkeypatch.setattr(attention, "_kernel", lambda spec: load_kernel(build(spec)))
+    monkeypatch.setattr(attention, "_kernel", lambda spec, _device: load_kernel(build(spec)))
     return request.param
 
 
