@@ -26,7 +26,7 @@ from ..variants import rope, rope_turns
 from .machine import read_bandwidth
 from .report import Row
 from .suites import Context
-from .timing import Call, measure
+from .timing import REST, Call, measure
 from .tvm_kv_cache import TVMKVCache
 
 __all__ = ["run"]
@@ -207,7 +207,7 @@ def _steps(context: Context, batch: int, length: int) -> None:
         _add(context, begin_case, "time of begin_forward", "us", values, None, 100)
     if context.wants(step_case):
         seconds, samples = measure(
-            {name: subject.decode(everyone) for name, subject in subjects.items()}
+            {name: subject.decode(everyone) for name, subject in subjects.items()}, REST
         )
         floor = 1e3 * _kv_bytes(heads, batch * length) / read_bandwidth(context.threads)
         values = {name: 1e3 * value for name, value in seconds.items()}
@@ -249,7 +249,7 @@ def _parallel_generation(context: Context, n: int, prompt: int, suffix: int) -> 
     totals = dict.fromkeys(contenders, 0.0)
     floor, samples = 0.0, 0
     for stop in range(stops + 1):
-        seconds, taken = measure(contenders)
+        seconds, taken = measure(contenders, REST)
         samples += taken
         # Trapezoids over the growth: a child spends as long between two stops.
         share = (0.5 if stop in (0, stops) else 1.0) / stops
@@ -276,7 +276,7 @@ def _streaming(context: Context, window: int) -> None:
             continue
         context.progress(case)
         contenders = dict(_streamers(batch, window))
-        seconds, samples = measure(contenders)
+        seconds, samples = measure(contenders, REST)
         values = {name: 1e3 * value for name, value in seconds.items()}
         floor = 1e3 * _kv_bytes(HEADS, batch * window) / read_bandwidth(context.threads)
         _add(context, case, "attention of a token", "ms", values, floor, samples)
