@@ -60,7 +60,7 @@ class FuseRoPE:
     def __init__(self, view: ElementView) -> None:
         self.view = view
         self.graph: Graph = view.graph
-        self._positional: dict[Any, bool] = {}
+        self._kinds: dict[Any, bool | None] = {}
 
     def rotated(
         self, q: StridedView, k: StridedView, query: Any, key: Any
@@ -133,34 +133,49 @@ class FuseRoPE:
         """Whether a tensor is computed from the tokens' numbers and from constants alone."""
         if not isinstance(expr, relax.Var):
             return False
-        known = self._positional.get(expr)
-        if known is None:
-            kind = self._kind(expr)
-            known = self._positional[expr] = kind is True
-        return known
+        return self._kind(expr) is True
 
     def _kind(self, expr: Any) -> bool | None:
         """True: of the tokens' numbers; None: a constant; False: of something else."""
         if not isinstance(expr, relax.Var):
             return None if isinstance(expr, GenericConst) else False
-        if expr in self._positional:
-            return self._positional[expr] or False
-        value = self.graph.resolve(expr)
+        # Once for every value, or residual sums would double the walk at each; without recursion,
+        # for the first of a model's values may lie thousands of operators below the last.
+        waiting = [expr]
+        while waiting:
+            var = waiting[-1]
+            operands = () if var in self._kinds else self._operands(var)
+            kinds = [
+                self._kinds.get(x, ...) if isinstance(x, relax.Var) else self._kind(x)
+                for x in operands
+            ]
+            if var not in self._kinds and False not in kinds and ... in kinds:
+                waiting.append(operands[kinds.index(...)])
+                continue
+            if var not in self._kinds:
+                self._kinds[var] = self._kind_of(self.graph.resolve(var), kinds)
+            waiting.pop()
+        return self._kinds[expr]
+
+    def _operands(self, var: Any) -> Sequence[Any]:
+        """The tensors that an operator computes from."""
+        value = self.graph.resolve(var)
         name = op_name(value)
-        if isinstance(value, GenericConst):
-            return None
-        if name == "arange":
-            return True
-        if not name:
-            return False
-        tensors = [a for a in value.args if isinstance(getattr(a, "ty", None), relax.TensorType)]
+        if not name or name == "arange":
+            return ()
         if name in ("concat", "stack"):
             fields = self.graph.resolve(value.args[0])
-            tensors = list(fields.fields) if isinstance(fields, relax.Tuple) else []
-        kinds = [self._kind(a) for a in tensors]
-        if False in kinds or not kinds:
+            return list(fields.fields) if isinstance(fields, relax.Tuple) else ()
+        return [a for a in value.args if isinstance(getattr(a, "ty", None), relax.TensorType)]
+
+    def _kind_of(self, value: Any, operands: Sequence[Any]) -> bool | None:
+        if isinstance(value, GenericConst):
+            return None
+        if op_name(value) == "arange":
+            return True
+        if not operands or False in operands:
             return False
-        return True if True in kinds else None
+        return True if True in operands else None
 
     # -- the proof -------------------------------------------------------------------------
 

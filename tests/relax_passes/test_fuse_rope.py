@@ -59,13 +59,17 @@ def partial(g: Graph, x: relax.Var, angle: relax.Var) -> relax.Var:
     return g.concat([rotated, rest], -1)
 
 
-def model(rotate_q: Callable[..., Any], rotate_k: Callable[..., Any], start: int = 0) -> Any:
+def model(
+    rotate_q: Callable[..., Any], rotate_k: Callable[..., Any], start: int = 0, sums: int = 0
+) -> Any:
     seq = tirx.Var("seq_len", "int64")
     ids, table = tensor("input_ids", 1, seq, dtype="int64"), tensor("table", VOCAB, WIDTH)
 
     def body(g: Graph, ids: relax.Var, table: relax.Var) -> relax.Var:
         flat = g.reshape(g.astype(ids, "int32"), [seq])
         x = g.reshape(g.take(table, flat, axis=0), [1, seq, WIDTH])
+        for _ in range(sums):
+            x = g.add(x, x)
         heads = g.permute_dims(g.reshape(x, [1, seq, HEADS, DIM]), [0, 2, 1, 3])
         angle = angles(g, seq, start)
         out = causal_attention(g, rotate_q(g, heads, angle), rotate_k(g, heads, angle), heads)
@@ -92,6 +96,11 @@ def test_rotations_are_the_caches(style: Callable[..., Any]) -> None:
     assert "cos" not in decode
     assert "query_positions" not in decode
     assert "kv_cache_create_rope" in create
+
+
+def test_deep_models() -> None:
+    """Two ways to a value at each of many sums: it is looked at once all the same."""
+    assert paginate(model(halves, halves, sums=400))[1] == "fused"
 
 
 def test_frequencies_and_pairs() -> None:
