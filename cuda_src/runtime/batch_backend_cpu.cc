@@ -11,12 +11,13 @@
 namespace tvm_flashinfer {
 namespace {
 
-PlanBounds Derive(const BatchAttentionConfig& config, const KernelTraits& kernel) {
+PlanBounds Derive(const BatchAttentionConfig& config, const CpuKernel& kernel) {
+  const int32_t group = config.num_qo_heads / config.num_kv_heads;
   PlanBounds bounds = config.bounds;
   bounds.num_kv_heads = config.num_kv_heads;
-  bounds.max_tile_tokens =
-      std::max(1, kernel.row_tiles[1] / (config.num_qo_heads / config.num_kv_heads));
-  if (bounds.num_workers == 0) bounds.num_workers = CpuExecutor::NumThreads();
+  bounds.max_tile_tokens = std::max(1, kernel.row_tiles[1] / group);
+  bounds = CpuExecutor::Bounds(bounds, kernel, group);
+  if (config.bounds.num_workers > 0) bounds.num_workers = config.bounds.num_workers;
   CheckPlanSize(bounds);
   return bounds;
 }
@@ -26,7 +27,7 @@ class CpuBatchBackend final : public BatchBackend {
  public:
   CpuBatchBackend(const BatchAttentionConfig& config, const KernelHandle& kernel)
       : num_kv_heads_(config.num_kv_heads),
-        scheduler_(Derive(config, *kernel)),
+        scheduler_(Derive(config, kernel.cpu())),
         executor_(kernel,
                   std::max(kernel->row_tiles[1], config.num_qo_heads / config.num_kv_heads)) {
     const PlanLayout& layout = scheduler_.layout();

@@ -25,6 +25,13 @@ CpuExecutor::CpuExecutor(KernelHandle kernel, int32_t max_rows)
   scratch_.reset(static_cast<char*>(scratch));
 }
 
+PlanBounds CpuExecutor::Bounds(PlanBounds bounds, const CpuKernel& kernel, int32_t group) {
+  bounds.num_workers = NumThreads();
+  bounds.heads_together = std::min(kernel.max_heads, bounds.num_kv_heads);
+  bounds.together_tokens = kernel.row_tiles[0] / group;
+  return bounds;
+}
+
 int32_t CpuExecutor::NumThreads() {
   int32_t count = 1;
   const auto body = [](int task, TVMParallelGroupEnv* env, void* data) {
@@ -64,16 +71,11 @@ void CpuExecutor::ParallelFor(int32_t count, const Length& length, const Fn& fn)
 }
 
 template <typename ParamsOf>
-void CpuExecutor::RunItems(const PlanView& plan, int32_t group, int32_t kv_heads,
-                           const ParamsOf& params_of) {
+void CpuExecutor::RunItems(const PlanView& plan, int32_t group, const ParamsOf& params_of) {
   const CpuKernel& kernel = kernel_.cpu();
   const WorkItem* items = plan.items;
   const int32_t count = plan.header->num_items;
-  // Heads that are run together are one task: there must be enough tasks to even threads out.
-  constexpr int32_t kTasksPerThread = 2;
-  const int32_t tasks = num_threads_ == 1 ? 1 : kTasksPerThread * num_threads_;
-  const int32_t max_heads =
-      std::max(1, std::min({kernel.max_heads, kv_heads, count / std::max(tasks, 1)}));
+  const int32_t max_heads = std::min(kernel.max_heads, plan.header->heads_together);
   const auto differ_in_head = [&](const WorkItem& a, const WorkItem& b) {
     return b.head == a.head + 1 && a.row == b.row && a.level == b.level && a.q_begin == b.q_begin &&
            a.kv_begin == b.kv_begin;
@@ -92,7 +94,7 @@ void CpuExecutor::RunItems(const PlanView& plan, int32_t group, int32_t kv_heads
 
 void CpuExecutor::Run(const AttentionParams& params) {
   const PlanHeader& plan = *params.plan.header;
-  RunItems(params.plan, params.num_qo_heads / params.num_kv_heads, params.num_kv_heads,
+  RunItems(params.plan, params.num_qo_heads / params.num_kv_heads,
            [&](const WorkItem&) { return &params; });
   if (plan.num_partials == 0) return;
   constexpr int32_t kTokens = 4;
@@ -103,7 +105,7 @@ void CpuExecutor::Run(const AttentionParams& params) {
 
 void CpuExecutor::RunRequests(const AttentionParams* by_request, int32_t count, int32_t queries) {
   const PlanView& plan = by_request->plan;
-  RunItems(plan, by_request->num_qo_heads / by_request->num_kv_heads, by_request->num_kv_heads,
+  RunItems(plan, by_request->num_qo_heads / by_request->num_kv_heads,
            [&](const WorkItem& item) { return &by_request[item.row]; });
   if (plan.header->num_partials == 0) return;
   ParallelFor(

@@ -22,6 +22,11 @@ class CpuExecutor {
 
   /*! \brief Threads of TVM's pool, the caller's included. */
   static int32_t NumThreads();
+  /*!
+   * \brief Bounds of plans for this executor: a thread is a worker, and takes as many KV heads at
+   * once as `kernel` computes together.
+   */
+  static PlanBounds Bounds(PlanBounds bounds, const CpuKernel& kernel, int32_t group);
 
   /*! \brief Attention of one layer: every work item, then the merge of partial states. */
   void Run(const AttentionParams& params);
@@ -39,7 +44,7 @@ class CpuExecutor {
   void ParallelFor(int32_t count, const Length& length, const Fn& fn) const;
   /*! \brief Every work item, with the operands that `params_of(item)` points to. */
   template <typename ParamsOf>
-  void RunItems(const PlanView& plan, int32_t group, int32_t kv_heads, const ParamsOf& params_of);
+  void RunItems(const PlanView& plan, int32_t group, const ParamsOf& params_of);
 
   KernelHandle kernel_;
   int32_t num_threads_;

@@ -20,11 +20,6 @@ std::unique_ptr<StepRunner> StepRunner::Make(const KVCacheConfig& config, Kernel
   return std::make_unique<CpuStepRunner>(config, std::move(kernel), std::move(rope));
 }
 
-PlanBounds CpuStepRunner::WithWorkers(PlanBounds bounds) const {
-  bounds.num_workers = CpuExecutor::NumThreads();
-  return bounds;
-}
-
 /*!
  * Measured on AVX-512 cores over float32: a KV token of one head takes as long from memory as the
  * arithmetic of 16 rows, from L3 of 4. A tile of few rows computes just these, a larger one whole
@@ -45,7 +40,8 @@ CpuStepRunner::CpuStepRunner(const KVCacheConfig& config, KernelHandle kernel,
                              std::optional<RopeConfig> rope)
     : StepRunner(config, kernel),
       executor_(kernel, std::max(kernel->row_tiles[1], config.num_qo_heads / config.num_kv_heads)),
-      page_plan_(WithWorkers(PageBounds()), config.num_qo_heads, config.head_dim_vo) {
+      page_plan_(CpuExecutor::Bounds(PageBounds(), kernel_.cpu(), group()), config.num_qo_heads,
+                 config.head_dim_vo) {
   const DLDevice cpu{kDLCPU, 0};
   const int32_t max_tokens = config.max_q_tokens();
   const int64_t max_queries = config.sliding_window ? 2 * int64_t{max_tokens} : max_tokens;
@@ -73,8 +69,9 @@ void CpuStepRunner::Plan(StepLayout* layout) {
   if (layout->by_token()) {
     const int64_t blocks = layout->num_blocks();
     if (token_plan_ == nullptr || token_plan_->bounds().max_kv_pages < blocks) {
-      token_plan_ = std::make_unique<StepPlan>(WithWorkers(TokenBounds(blocks)),
-                                               config_.num_qo_heads, config_.head_dim_vo);
+      token_plan_ = std::make_unique<StepPlan>(
+          CpuExecutor::Bounds(TokenBounds(blocks), kernel_.cpu(), group()), config_.num_qo_heads,
+          config_.head_dim_vo);
     }
   }
   StepPlan* plan = layout->by_token() ? token_plan_.get() : &page_plan_;

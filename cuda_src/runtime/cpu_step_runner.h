@@ -29,7 +29,6 @@ class CpuStepRunner final : public StepRunner {
   PlanOnHost LastPlan() const final { return plan_ == nullptr ? PlanOnHost{} : plan_->OnHost(); }
 
  private:
-  PlanBounds WithWorkers(PlanBounds bounds) const;
   ReadCosts PrefixCosts() const;
   void AttendInOrder(const AttentionParams& params, const std::vector<int32_t>& order);
 

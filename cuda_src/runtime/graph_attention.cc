@@ -154,10 +154,10 @@ class GraphPlan {
     b.max_requests = static_cast<int32_t>(e.batch);
     b.max_q_tokens = static_cast<int32_t>(e.batch * e.num_queries);
     b.max_kv_pages = static_cast<int32_t>(e.batch);
-    b.num_workers = CpuExecutor::NumThreads();
     b.num_kv_heads = static_cast<int32_t>(e.num_kv_heads);
-    const int64_t group = e.num_qo_heads / e.num_kv_heads;
-    b.max_tile_tokens = std::max(1, kernel.row_tiles[1] / static_cast<int32_t>(group));
+    const auto group = static_cast<int32_t>(e.num_qo_heads / e.num_kv_heads);
+    b.max_tile_tokens = std::max(1, kernel.row_tiles[1] / group);
+    b = CpuExecutor::Bounds(b, kernel, group);
     TVM_FLASHINFER_CHECK(PlanLayout::Make(b).total <= INT32_MAX, ValueError)
         << "argument `spec` has " << e.batch << " requests of " << e.num_queries << " queries and "
         << e.num_kv_heads << " KV heads: a plan of more than 2^31 entries";

@@ -29,6 +29,7 @@ SECTIONS = (
 #: What the scheduler documents as the cost of an item: KV tokens and a start-up, per packed row, of
 #: which the first COMPUTE_ROWS cost no more than reading the keys.
 COMPUTE_ROWS, ITEM_OVERHEAD = 16, 32
+HEADS_TOGETHER = 9  # where the header says so
 
 properties = settings(
     max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -207,6 +208,31 @@ def test_load_is_balanced(batch_attention, lengths, workers, queries, heads):
     assert costs.max() <= 1.1 * costs.mean()
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [[4096] * 8, [4096] * 3, [43008], [400], ZIPF, [65536] + [128] * 15],
+    ids=["uniform", "uneven count", "one", "short", "zipf", "one giant"],
+)
+@pytest.mark.parametrize("workers", [2, 3, 16])
+@pytest.mark.parametrize("fixed_chunk", [0, 512])
+def test_threads_of_a_shared_queue_end_together(batch_attention, lengths, workers, fixed_chunk):
+    """Where decoding takes several KV heads at once, to read whole pages."""
+    step = batch_attention(32, 8, num_workers=workers, causal=False, max_fixed_chunks=128)
+    step.plan(paged(lengths, 1), fixed_chunk=fixed_chunk)
+    plan = read(step)
+    together, items = plan["header"][HEADS_TOGETHER], plan["items"].astype(np.int64)
+    assert (items[:, 5].reshape(-1, together) % together == np.arange(together)).all()
+    tasks = (items[:, 4] + ITEM_OVERHEAD).reshape(-1, together).sum(1)
+    assert (np.diff(tasks) <= 0).all(), "descending, so that small tasks even threads out"
+    ends = np.zeros(workers, np.int64)
+    for task in tasks:
+        ends[ends.argmin()] += task
+    if fixed_chunk == 0 and sum(lengths) * 8 >= 512 * workers:
+        assert ends.max() <= 1.1 * ends.mean()
+    if lengths == [4096] * 8 and workers == 2:
+        assert together == 8, "as many as the kernel computes at once"
+
+
 def test_queues_are_in_descending_cost(batch_attention):
     step = batch_attention(4, 4, num_workers=3, causal=False)
     step.plan(paged([900, 70, 4000, 300, 1], 1), per_worker_queues=True)
@@ -256,11 +282,11 @@ def test_overflow_names_the_section_and_changes_nothing(batch_attention, section
 
 def test_largest_batch_within_the_bounds_fits(batch_attention):
     """The derived bounds hold at their edge: every request, token and page used at once."""
-    for workers, group in ((1, 1), (64, 1), (7, 3), (128, 1)):
+    for workers, group, heads in ((1, 1, 1), (64, 1, 1), (7, 3, 1), (128, 1, 1), (5, 2, 8)):
         for queries in (1, 8, 64):
             step = batch_attention(
-                group,
-                1,
+                group * heads,
+                heads,
                 causal=False,
                 max_requests=16,
                 max_q_tokens=16 * queries,

@@ -8,6 +8,7 @@
 #ifndef TVM_FLASHINFER_PLAN_H_
 #define TVM_FLASHINFER_PLAN_H_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -44,7 +45,8 @@ struct PlanHeader {
   int32_t num_partials;     //!< used partial rows
   int32_t max_tile_tokens;  //!< largest q_count of any item
   int32_t kv_chunk;         //!< chunk bound of Algorithm 1, in KV tokens
-  int32_t reserved[7];
+  int32_t heads_together;   //!< KV heads that a worker computes at once in tiles of few tokens
+  int32_t reserved[6];
 };
 static_assert(sizeof(PlanHeader) == 16 * sizeof(int32_t), "sections start 64-byte aligned");
 
@@ -62,6 +64,10 @@ struct PlanBounds {
   //! Of max_levels: prefixes that the scheduler itself may share (compose.h) ...
   int32_t max_prefix_levels = 0;
   int32_t max_prefix_q_tokens = 0;  //!< ... and query tokens that may share them
+  //! KV heads, at most, that workers who share a queue take together in tiles of at most
+  //! together_tokens: they read whole pages then.
+  int32_t heads_together = 1;
+  int32_t together_tokens = 0;
 };
 
 /*! \brief Sections of the plan, in buffer order. */
@@ -108,10 +114,10 @@ struct PlanLayout {
    * \brief Derive the layout.
    *
    * Every tile holds at least one token, so a level has at most max_q_tokens tiles. The scheduler
-   * cuts the KV of all tiles and heads into at most num_workers * max_splits further chunks. A cut
-   * tile with n chunks stores n states per token, n <= 2 (n - 1); composable formats add one state
-   * per level. With a fixed chunk, every tile may have max_fixed_chunks. Levels that the scheduler
-   * adds itself hold at most max_prefix_q_tokens.
+   * cuts the KV of all tiles and heads into at most num_workers * max_splits further chunks, or as
+   * many of several heads together. A cut tile with n chunks stores n states per token,
+   * n <= 2 (n - 1); composable formats add one state per level. With a fixed chunk, every tile may
+   * have max_fixed_chunks. Levels that the scheduler adds itself hold at most max_prefix_q_tokens.
    */
   static PlanLayout Make(const PlanBounds& b) {
     PlanLayout l;
@@ -120,8 +126,12 @@ struct PlanLayout {
     const int64_t tiles = given_levels * b.max_q_tokens + prefix_tiles;
     l.max_tiles = tiles;
     // Per KV head; every head of a tile is cut alike.
-    int64_t cuts = (int64_t{b.num_workers} * b.max_splits + b.num_kv_heads - 1) / b.num_kv_heads;
-    l.max_partials = 2 * cuts * b.max_tile_tokens;
+    const auto cuts_of = [&](int64_t heads) {
+      return (b.num_workers * b.max_splits * heads + b.num_kv_heads - 1) / b.num_kv_heads;
+    };
+    const int64_t together = b.heads_together > 1 ? cuts_of(b.heads_together) : 0;
+    int64_t cuts = std::max(cuts_of(1), together);
+    l.max_partials = 2 * std::max(cuts_of(1) * b.max_tile_tokens, together * b.together_tokens);
     if (given_levels > 1) {
       l.max_partials += tiles;
     } else if (b.max_prefix_levels > 0) {

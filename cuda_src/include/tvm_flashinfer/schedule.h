@@ -9,93 +9,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "plan.h"
+#include "schedule_input.h"
 
 namespace tvm_flashinfer {
-
-/*!
- * \brief One level of a block-sparse layout: row i holds queries [qo_indptr[i], qo_indptr[i + 1])
- * and the KV pages kv_indices[kv_indptr[i] : kv_indptr[i + 1]].
- */
-struct LayoutLevel {
-  int32_t num_rows = 0;
-  const int32_t* qo_indptr = nullptr;       //!< [num_rows + 1]
-  const int32_t* kv_indptr = nullptr;       //!< [num_rows + 1]
-  const int32_t* kv_indices = nullptr;      //!< [kv_indptr[num_rows]]
-  const int32_t* last_block_len = nullptr;  //!< [num_rows] tokens in a row's last page
-  const int32_t* kv_position = nullptr;     //!< [num_rows], or null: every row starts at 0
-  const int32_t* tile_tokens = nullptr;     //!< [num_rows], or null: that of the batch
-};
-
-/*! \brief What a batch needs planned. */
-struct ScheduleInput {
-  int32_t num_requests = 0;
-  const int32_t* qo_indptr = nullptr;  //!< [num_requests + 1]
-  const int32_t* kv_len = nullptr;     //!< [num_requests] KV tokens, all levels together
-  int32_t num_levels = 1;
-  const LayoutLevel* levels = nullptr;  //!< shared prefixes first; the last covers every query
-  int32_t page_size = 1;
-  /*! Positions of the query tokens; null: bottom-right, the last query sits on the last KV token.
-   */
-  const int32_t* q_position = nullptr;
-  const int32_t* request_ids = nullptr;  //!< [num_requests] what variants call it; null: its index
-  bool causal = true;
-  int32_t window_left = -1;    //!< >= 0: a query sees this many tokens before itself
-  int32_t attention_sink = 0;  //!< first tokens that a window never hides
-  int32_t group = 1;           //!< query heads of a KV head
-  int32_t tile_tokens = 1;     //!< query tile, from ChooseTileTokens
-  int32_t kv_align = 1;        //!< chunks are multiples of this many tokens
-  int32_t min_chunk = 128;     //!< shortest chunk worth a partial state, in tokens
-  int32_t fixed_chunk = 0;     //!< > 0: batch-invariant, every tile is cut at these multiples
-  int32_t compute_rows = 16;   //!< packed rows at which a KV token's arithmetic costs its bytes
-  int32_t item_overhead = 32;  //!< cost of starting an item, in KV tokens
-  bool shared_queue = false;   //!< workers take items dynamically from one descending queue
-  /*!
-   * Per cent of every tile's KV that is left, in small chunks, to a queue that all workers take
-   * from once their own is empty. Evens out workers of unequal speed, as multiprocessors that share
-   * memory bandwidth are. Only with queues of their own, and without fixed_chunk.
-   */
-  int32_t shared_tail = 0;
-  /*!
-   * KV tokens, counted in every head, that workers with queues of their own read at a time: rows of
-   * many tiles are queued section by section, and their KV stays in the cache meanwhile. 32768 of
-   * 128 16-bit elements are 16 MiB. 0: all rows at once.
-   */
-  int32_t section_kv = 32768;
-};
-
-/*! \brief A batch that does not fit the plan's bounds. Nothing was written. */
-class PlanOverflow : public std::runtime_error {
- public:
-  PlanOverflow(const char* section, int64_t need, int64_t bound)
-      : std::runtime_error("plan section `" + std::string(section) + "` needs " +
-                           std::to_string(need) + " entries, its bound is " +
-                           std::to_string(bound)),
-        section_(section) {}
-  const char* section() const { return section_; }
-
- private:
-  const char* section_;  // a literal
-};
-
-/*!
- * \brief Query tile in tokens: the smallest of the backend's row tiles that holds a row's mean
- * query length with the group folded in, so decode wastes no rows and prefill reads KV rarely.
- * \param row_tiles Ascending packed-row tiles the kernel was compiled for.
- */
-inline int32_t ChooseTileTokens(int64_t num_q_tokens, int64_t num_rows, int32_t group,
-                                const int32_t* row_tiles, int32_t num_row_tiles) {
-  const int64_t mean = num_rows > 0 ? (num_q_tokens + num_rows - 1) / num_rows : 1;
-  int32_t rows = row_tiles[num_row_tiles - 1];
-  for (int32_t i = num_row_tiles - 1; i >= 0; --i) {
-    if (row_tiles[i] >= mean * group) rows = row_tiles[i];
-  }
-  return std::max(1, rows / group);
-}
 
 /*! \brief Makes plans within fixed bounds. Not thread-safe: one per plan buffer. */
 class Scheduler {
@@ -122,6 +41,10 @@ class Scheduler {
     MakeTiles(in);
     if (in.fixed_chunk > 0) {
       CutTiles(in, 0, in.fixed_chunk);
+      ForHeadsTogether(in, [&] {
+        SortAndAssign(!in.shared_queue);
+        return imbalance_ <= 1.05;
+      });
     } else {
       Balance(in);
     }
@@ -137,7 +60,8 @@ class Scheduler {
     int32_t num_chunks, chunk;  // chunk: tokens
     int32_t num_tail;           // chunks left to the shared tail
     int32_t section;            // of rows that are worked on together
-    int64_t weight;             // cost of one KV token
+    int32_t heads;              // KV heads that a worker takes together
+    int64_t weight;             // cost of one KV token of one head
   };
   struct Chunk {
     int32_t tile, kv_begin, kv_count;
@@ -240,9 +164,22 @@ class Scheduler {
     }
   }
 
+  /*! Let tiles of few tokens be computed in `heads` heads together; returns whether there are any.
+   */
+  bool TakeTogether(int32_t heads) {
+    heads_together_ = heads;
+    bool any = false;
+    for (int64_t i = 0; i < num_tiles_; ++i) {
+      const bool few = tiles_[i].q_count <= bounds_.together_tokens;
+      tiles_[i].heads = few ? heads : 1;
+      any |= few;
+    }
+    return any;
+  }
+
   /*!
    * Cut every tile into equal chunks of at most `fixed` tokens or, if that is 0, of cost at most
-   * `bound`; costs of the chunks go to chunks_.
+   * `bound`, their heads taken together; costs of the chunks go to chunks_.
    */
   void CutTiles(const ScheduleInput& in, int64_t bound, int32_t fixed) {
     std::fill(states_.begin(), states_.begin() + in.qo_indptr[in.num_requests] + 1, 0);
@@ -252,7 +189,8 @@ class Scheduler {
       Tile& t = tiles_[i];
       const int32_t len = t.kv_end - t.kv_begin;
       // Rounded up: the chunks of all tiles then fit the cuts that PlanLayout counts on.
-      const int64_t share = (bound + t.weight - 1) / t.weight;
+      const int64_t token = t.weight * t.heads;
+      const int64_t share = (bound + token - 1) / token;
       int64_t chunk = fixed > 0 ? fixed : std::max<int64_t>(in.min_chunk, share);
       chunk = (chunk + in.kv_align - 1) / in.kv_align * in.kv_align;
       t.num_chunks = static_cast<int32_t>((len + chunk - 1) / chunk);
@@ -299,7 +237,8 @@ class Scheduler {
    * order, give each to the cheapest worker. The paper's share (one per worker) leaves skewed
    * batches uneven, and equal lengths too when they do not divide among the workers. Where it is
    * not within 2 %, queues that workers own are filled in order instead (FillInOrder), if that is
-   * no worse; otherwise the share is halved until the assignment is within 5 %.
+   * no worse; otherwise the share is halved until the assignment is within 5 %. Heads are taken
+   * together only as far as that leaves workers even.
    */
   void Balance(const ScheduleInput& in) {
     int64_t total = 0;
@@ -307,27 +246,44 @@ class Scheduler {
       total += int64_t{tiles_[i].kv_end - tiles_[i].kv_begin} * tiles_[i].weight;
     }
     total *= bounds_.num_kv_heads;
+    TakeTogether(1);
     const bool own_queues = !in.shared_queue && bounds_.num_workers >= bounds_.num_kv_heads;
     const int64_t in_order = own_queues ? FillInOrder(in) : INT64_MAX;
     if (own_queues && has_tail_) return;
-    for (int32_t splits = 1;; splits *= 2) {
-      const int64_t shares = int64_t{bounds_.num_workers} * std::min(splits, bounds_.max_splits);
-      CutTiles(in, (total + shares - 1) / shares, 0);
-      if (in_order <= LeastWorst(1.02)) {
-        FillInOrder(in);
-        return;
+    ForHeadsTogether(in, [&] {
+      for (int32_t splits = 1;; splits *= 2) {
+        const int64_t shares = int64_t{bounds_.num_workers} * std::min(splits, bounds_.max_splits);
+        CutTiles(in, (total + shares - 1) / shares, 0);
+        if (in_order <= LeastWorst(1.02)) {
+          FillInOrder(in);
+          return true;
+        }
+        SortAndAssign(!in.shared_queue);
+        // The last section may be too small to even out what the others left.
+        if (imbalance_ > 1.02 && num_chunks_ > 0 && tiles_[num_tiles_ - 1].section > 0) {
+          SortAndAssign(false);
+        }
+        if (imbalance_ <= 1.02) return true;
+        if (in_order <= worst_) {
+          FillInOrder(in);
+          return true;
+        }
+        if (imbalance_ <= 1.05) return true;
+        if (splits >= bounds_.max_splits) return false;
       }
-      SortAndAssign(!in.shared_queue);
-      // The last section may be too small to even out what the others left.
-      if (imbalance_ > 1.02 && num_chunks_ > 0 && tiles_[num_tiles_ - 1].section > 0) {
-        SortAndAssign(false);
-      }
-      if (imbalance_ <= 1.02) return;
-      if (in_order <= worst_) {
-        FillInOrder(in);
-        return;
-      }
-      if (imbalance_ <= 1.05 || splits >= bounds_.max_splits) return;
+    });
+  }
+
+  /*!
+   * Call `balance`, which returns whether workers are even, for fewer and fewer heads taken
+   * together until they are.
+   */
+  template <typename Fn>
+  void ForHeadsTogether(const ScheduleInput& in, const Fn& balance) {
+    for (int32_t heads = in.shared_queue ? bounds_.heads_together : 1;; heads /= 2) {
+      const bool together = TakeTogether(heads);
+      if (!together && heads > 1) continue;
+      if (balance() || heads <= 1) return;
     }
   }
 
@@ -472,7 +428,8 @@ class Scheduler {
   void SortChunks(bool sections) {
     for (int64_t i = 0; i < num_chunks_; ++i) {
       const int32_t section = sections ? tiles_[chunks_[i].tile].section : 0;
-      keys_[i] = {chunks_[i].cost, section, static_cast<int32_t>(i)};
+      keys_[i] = {chunks_[i].cost * tiles_[chunks_[i].tile].heads, section,
+                  static_cast<int32_t>(i)};
     }
     std::sort(keys_.begin(), keys_.begin() + num_chunks_, [](const Key& a, const Key& b) {
       if (a.section != b.section) return a.section < b.section;
@@ -505,21 +462,23 @@ class Scheduler {
     int64_t sum = 0;
     worst_ = 0;
     for (int64_t i = 0; i < num_chunks_; ++i) {
-      for (int32_t h = 0; h < heads; ++h) {
+      const Chunk& chunk = chunks_[keys_[i].chunk];
+      const int32_t together = tiles_[chunk.tile].heads;
+      for (int32_t h = 0; h < heads; h += together) {
         std::pop_heap(heap_.begin(), heap_.end());
         Load& load = heap_.back();
-        load.cost += keys_[i].cost;
-        owner_[i * heads + h] = load.worker;
+        const int32_t end = std::min(heads, h + together);
+        load.cost += chunk.cost * (end - h);
+        std::fill(&owner_[i * heads + h], &owner_[i * heads] + end, load.worker);
         worst_ = std::max(worst_, load.cost);
         std::push_heap(heap_.begin(), heap_.end());
       }
-      sum += keys_[i].cost * heads;
+      sum += chunk.cost * heads;
     }
     imbalance_ = sum == 0 ? 1.0 : static_cast<double>(worst_) * bounds_.num_workers / sum;
   }
 
   void Emit(const ScheduleInput& in, int32_t* buffer) {
-    if (in.fixed_chunk > 0) SortAndAssign(!in.shared_queue);
     auto section = [&](PlanSection s) { return buffer + layout_.Offset(s); };
     const int32_t num_tokens = in.qo_indptr[in.num_requests];
     const int32_t heads = bounds_.num_kv_heads;
@@ -533,6 +492,7 @@ class Scheduler {
     header->num_levels = in.num_levels;
     header->num_partials = static_cast<int32_t>(num_partials_);
     header->max_tile_tokens = in.tile_tokens;
+    header->heads_together = heads_together_;
 
     EmitRequests(in, section(PlanSection::kQRequest), section(PlanSection::kQPosition),
                  section(PlanSection::kRequestQIndptr), section(PlanSection::kRequestKVLen));
@@ -640,7 +600,8 @@ class Scheduler {
   int64_t num_tiles_ = 0;
   int64_t num_chunks_ = 0;
   int64_t num_partials_ = 0;
-  int64_t worst_ = 0;  //!< highest worker cost
+  int64_t worst_ = 0;           //!< highest worker cost
+  int32_t heads_together_ = 1;  //!< in tiles of few tokens
   bool has_tail_ = false;
   double imbalance_ = 1.0;
 };

@@ -32,6 +32,8 @@ class PlanBounds(ctypes.Structure):
             "max_fixed_chunks",
             "max_prefix_levels",
             "max_prefix_q_tokens",
+            "heads_together",
+            "together_tokens",
         )
     ]
 
