@@ -66,7 +66,7 @@ class FewRows {
   //! Of a head: queries, outputs, logits, and its vectors of maxima, sums and factors.
   static constexpr int kHeadFloats = kRows * (kPaddedQK + kPaddedVO) + (kPacks + 3) * kLanes;
   //! How many heads before its own a head's rows are prefetched.
-  static constexpr int kAhead = 2;
+  static constexpr int kAhead = 4;
   static constexpr int kLine = 64 / static_cast<int>(sizeof(TKV)) * kElementsPerUnit<TKV>;
   static constexpr int kLinesQK = KVRows<TKV>::template kLines<kDimQK>;
   static constexpr int kLinesVO = KVRows<TKV>::template kLines<kDimVO>;
