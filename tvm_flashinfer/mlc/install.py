@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from .. import _library
-from . import bridges
+from . import bridges, experts
 from .find import MLCNotFoundError, mlc_llm_folder
 
 #: Passes of mlc_llm's pipeline that were replaced, by name: to be put back by :func:`uninstall`.
@@ -17,7 +17,7 @@ _replaced: dict[str, Any] = {}
 
 
 def install() -> None:
-    """Make mlc_llm compile with our KV cache and linear layers; a second call does nothing.
+    """Make mlc_llm compile with our KV cache, linear layers and, on a CPU, experts; once.
 
     Raises
     ------
@@ -32,14 +32,19 @@ def install() -> None:
     try:
         from mlc_llm.compiler_pass import pipeline
         from mlc_llm.interface import jit
+        from mlc_llm.op import moe_matmul, moe_misc
     except ImportError as error:
         raise MLCNotFoundError(
             f"mlc_llm can't be imported: {error}; install what its requirements.txt names"
         ) from error
     bridges.apply_late()
     _replace(pipeline, "DispatchKVCacheCreation", _dispatch_kv_cache)
-    _replace(pipeline, "FuseTransposeMatmul", _with_linear(pipeline.FuseTransposeMatmul))
+    _replace(pipeline, "FuseTransposeMatmul", _after_ours(pipeline.FuseTransposeMatmul))
     _replace(jit, "subprocess", _OurSubprocess())
+    _replace(moe_misc, "_gating_topk_init_local_top_k", experts.init_top_k)
+    for ours in (experts.group_gemm, experts.dequantize_group_gemm):
+        name = ours.__name__
+        _replace(moe_matmul, name, experts.on_cpu(ours, getattr(moe_matmul, name)))
 
 
 def uninstall() -> None:
@@ -67,10 +72,11 @@ def _dispatch_kv_cache(target: Any, flashinfer: bool, metadata: dict[str, Any]) 
     return DispatchKVCache(target, metadata)
 
 
-def _with_linear(fuse_transpose_matmul: Callable[[], Any]) -> Callable[[], Any]:
-    """Ours looks for the same matmuls, so it comes right before mlc_llm's pass.
+def _after_ours(fuse_transpose_matmul: Callable[[], Any]) -> Callable[[], Any]:
+    """DispatchLinear looks for the same matmuls, so it comes right before mlc_llm's pass.
 
-    After those that fuse dequantisation, which takes quantised layers away from it.
+    After those that fuse dequantisation, which takes quantised layers away from it. The experts'
+    loops may be made anywhere between the models' own kernels and dlight.
     """
 
     def make() -> Any:
@@ -78,7 +84,8 @@ def _with_linear(fuse_transpose_matmul: Callable[[], Any]) -> Callable[[], Any]:
 
         from relax_passes.dispatch_linear import DispatchLinear
 
-        return tvm.transform.Sequential([DispatchLinear(), fuse_transpose_matmul()])
+        passes = [experts.ThreadsToLoops(), DispatchLinear(), fuse_transpose_matmul()]
+        return tvm.transform.Sequential(passes)
 
     return make
 
