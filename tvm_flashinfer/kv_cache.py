@@ -29,6 +29,7 @@ import tvm_ffi
 from . import _cuda, _library, jit_cuda, variants
 from .jit import AttentionSpec, Progress, build_attention, load_kernel
 from .rope import RopeConfig
+from .split_rotary import inspect as split_rotary_of
 from .variant import Variant, params_of
 
 
@@ -52,6 +53,15 @@ def _kernel_maker(
     return lambda spec: load_kernel(
         jit_cuda.build_attention(spec, arch=arch, progress=progress)
     ), tvm.cuda(index)
+
+
+def attended(variant: Variant | None, turned: tuple[int, bool] | None) -> str | Variant:
+    """The variant of a kernel, which may have keys to rotate: a rotary size, and interleaved."""
+    if turned is not None:
+        rotary_dim, interleaved = turned
+        base = variants.causal if variant is None else variant
+        return variants.rope_table(rotary_dim, interleaved=interleaved, query=False, base=base)
+    return "causal" if variant is None else variant
 
 
 class KVCache:
@@ -116,7 +126,9 @@ class KVCache:
             Of queries and outputs, and of the pool (the same unless given; also ``float8_e4m3fn``,
             ``float8_e5m2`` and ``int8``, with scales by :func:`tvm_flashinfer.variants.quantized`).
         rope : RopeConfig, optional
-            The cache rotates new queries and keys. Unless given, they come rotated.
+            The cache rotates new queries and keys. Unless given, they come rotated. With a variant
+            and ``sliding_window`` the kernel rotates keys, whenever it reads them (CPU only): a
+            variant's ``store_key`` then takes keys as they come.
         inline_rope : bool
             With ``rope``: :meth:`get_kv` and :meth:`set_kv` take keys before their rotation, as if
             attention rotated them when it reads them. Nothing else differs.
@@ -149,8 +161,10 @@ class KVCache:
         dim_vo = head_dim if head_dim_vo is None else head_dim_vo
         pool_dtype = dtype if kv_dtype is None else kv_dtype
         values = params_of(variant, variant_params or {}, "variant_params")
-        plain: str | Variant = "causal" if variant is None else variant
-        spec = AttentionSpec(dtype, pool_dtype, head_dim, dim_vo, plain)
+        turned = None  # the rotation that kernels do
+        if rope is not None and variant is not None and sliding_window:
+            turned = rope.rotary_dim or head_dim, rope.interleaved
+        spec = AttentionSpec(dtype, pool_dtype, head_dim, dim_vo, attended(variant, turned))
         make, where = _kernel_maker(device, mcpu, progress)
         kernel = make(spec)
         bounds = (max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, sliding_window)
@@ -168,7 +182,7 @@ class KVCache:
             tvm.runtime.empty((0,), pool_dtype, where),
             *rotation,
         )
-        if inline_rope:
+        if inline_rope and turned is None:
             handle = _function("tvm_flashinfer.kv_cache_with_inline_rope")(handle)
         if window_layers:
             window = variants.windowed(variant)
@@ -179,6 +193,8 @@ class KVCache:
                 layer_window,
                 make(windowed),
             )
+        if turned is not None:
+            handle = _function("tvm_flashinfer.kv_cache_with_rotating_kernel")(handle, *turned)
         if variant is not None:
             handle = _function("tvm_flashinfer.kv_cache_with_variant")(handle, values)
         return cls(handle)
@@ -580,11 +596,17 @@ def _create_as_tvm(*args: Any) -> Any:
         )
     dtype = str(init.dtype)
     on = init.device
+    turned = None  # the rotation that kernels do
+    if rope_mode == _ROPE_INLINE:
+        sizes_of_heads = int(num_qo_heads), int(num_kv_heads), int(head_dim_qk)
+        rotation = split_rotary_of(split_rotary, *sizes_of_heads, dtype, on)
+        if not rotation.undone:
+            turned = rotation.rotary_dim, rotation.interleaved
     make, _ = _kernel_maker(f"cuda:{on.index}" if on.type == "cuda" else "cpu", "native", None)
 
-    def kernel(variant: str | Variant = "causal", dims: Sequence[int] = ()) -> Any:
+    def kernel(variant: Variant | None = None, dims: Sequence[int] = ()) -> Any:
         qk, vo = dims or (int(head_dim_qk), int(head_dim_vo))
-        return make(AttentionSpec(dtype, dtype, qk, vo, variant))
+        return make(AttentionSpec(dtype, dtype, qk, vo, attended(variant, turned)))
 
     sliding = [layer for layer, kind in kinds.items() if kind == _MHA_SLIDING]
     sizes = list(bounds)
@@ -609,9 +631,11 @@ def _create_as_tvm(*args: Any) -> Any:
     else:
         create = _function("tvm_flashinfer.kv_cache_create_split_rotary")
         cache = create(*common, split_rotary, extension_factors)
-        if rope_mode == _ROPE_INLINE:
+        if rope_mode == _ROPE_INLINE and turned is None:
             cache = _function("tvm_flashinfer.kv_cache_with_inline_rope")(cache)
     if sliding:
         add_window = _function("tvm_flashinfer.kv_cache_with_sliding_layers")
         cache = add_window(cache, tvm_ffi.Shape(sliding), window, kernel(variants.sliding_window))
+    if turned is not None:
+        cache = _function("tvm_flashinfer.kv_cache_with_rotating_kernel")(cache, *turned)
     return cache

@@ -14,6 +14,7 @@ from tvm.relax.frontend.nn.llm.position_embedding import llama_rope_with_positio
 from . import jit_cuda
 from .autoload import build_autoload
 from .jit import AttentionSpec, KernelArtifact, build_attention
+from .kv_cache import attended
 from .rope import RopeConfig
 from .variant import Variant
 from .variants import sliding_window
@@ -97,8 +98,14 @@ class PagedKVCache(kv_cache.PagedKVCache):
             raise ValueError(f"target is {device}: this cache runs on llvm and cuda")
         self.extern_mods = [_library(build_autoload())]
 
-        def kernel(dims: tuple[int, int], variant: str | Variant = "causal") -> relax.ExternFunc:
-            spec = AttentionSpec(dtype, dtype, *dims, variant)
+        scaling = dict(rope_scaling or {})
+        # Of YaRN in TVM the two elements of a pair turn differently: what it rotates can't be given
+        # back, so that inline keys are stored as they come, and rotated by the kernel.
+        inline = rope_mode == kv_cache.RopeMode.INLINE
+        turned = (rotary_dim, False) if inline and scaling.get("rope_type") == "yarn" else None
+
+        def kernel(dims: tuple[int, int], variant: Variant | None = None) -> relax.ExternFunc:
+            spec = AttentionSpec(dtype, dtype, *dims, attended(variant, turned))
             if device == "cuda":
                 artifact = jit_cuda.build_attention(spec, arch=str(target.attrs["arch"]))
             else:
@@ -111,7 +118,6 @@ class PagedKVCache(kv_cache.PagedKVCache):
         # Layers have the windows then: MLC's engine asks for both, and means this.
         bounds.append(0 if windowed else support_sliding_window)
         create, rotation = "tvm_flashinfer.kv_cache_create", []
-        scaling = dict(rope_scaling or {})
         rotates = rope_mode != kv_cache.RopeMode.NONE
         if kinds[0] == "mla":
             create += "_mla"
@@ -158,7 +164,7 @@ class PagedKVCache(kv_cache.PagedKVCache):
             *rotation,
             ty_args=relax.AnyType(),
         )
-        if rope_mode == kv_cache.RopeMode.INLINE:
+        if inline and turned is None:
             cache = relax.call_pure_packed(
                 "tvm_flashinfer.kv_cache_with_inline_rope", cache, ty_args=relax.AnyType()
             )
@@ -169,6 +175,13 @@ class PagedKVCache(kv_cache.PagedKVCache):
                 relax.ShapeExpr(windowed),
                 relax.prim_value(layer_sliding_window_size),
                 kernel((qk_head_dim, v_head_dim), sliding_window),
+                ty_args=relax.AnyType(),
+            )
+        if turned is not None:
+            cache = relax.call_pure_packed(
+                "tvm_flashinfer.kv_cache_with_rotating_kernel",
+                cache,
+                *(relax.prim_value(int(x)) for x in turned),
                 ty_args=relax.AnyType(),
             )
         super().__init__(_expr=cache, _name=name)

@@ -1,7 +1,7 @@
 """The variants that ship: each a few lines of the interface of ``variant.py``, none special.
 
 Variants that need numbers when they are compiled are made by functions: :func:`rope`,
-:func:`quantized`. Others are values, listed in :data:`SHIPPED`.
+:func:`rope_table`, :func:`quantized`. Others are values, listed in :data:`SHIPPED`.
 """
 
 from __future__ import annotations
@@ -276,6 +276,92 @@ def rope(
         query=lambda at, x, p: rotate(at.q_idx, at.dim, x, p),
         **{"store_key" if on_store else "key": key},
     )
+
+
+#: The parameter of :func:`rope_table`.
+ROPE_TABLE = "rope_table"
+
+
+def rope_table(
+    rotary_dim: int, *, interleaved: bool = False, query: bool = True, base: Variant = causal
+) -> Variant:
+    """As :func:`rope`, with sines and cosines from a table: several times as fast on a CPU.
+
+    Parameters
+    ----------
+    rotary_dim, interleaved, base
+        As there.
+    query : bool
+        Whether queries are rotated too; else they come rotated.
+
+    Notes
+    -----
+    The last parameter is ``rope_table``, float32 ``[positions, 2, rotary_dim]``: what an element is
+    multiplied by, and what its partner; :func:`rope_turn_table` makes it of frequencies. A key is
+    rotated before ``base`` sees it, unless ``base`` transforms keys when they are stored: what it
+    stored it restores first.
+    """
+    half = rotary_dim // 2
+
+    def rotate(position: Expr, d: Expr, x: Any, p: Any) -> Expr:
+        from tvm import tirx
+
+        table = getattr(p, ROPE_TABLE)
+        if base.causal:  # a query before the first key sees none
+            position = tirx.max(position, 0)
+        at = tirx.min(d, rotary_dim - 1)
+        partner = x[d ^ 1] if interleaved else x[tirx.Select(d < half, d + half, d - half)]
+        rotated = x[d] * table[position, 0, at] + partner * table[position, 1, at]
+        return tirx.Select(d < rotary_dim, rotated, x[d])
+
+    def key(at: Any, x: Any, p: Any) -> Expr:
+        inner = base.key
+        if inner is None:
+            return rotate(at.kv_idx, at.dim, x, p)
+        if base.store_key is None:
+            rotated: Any = _Mapped(lambda d: rotate(at.kv_idx, d, x, p))
+            return inner(at, rotated, p)
+        restored = _Mapped(lambda d: inner(replace(at, dim=d), x, p))
+        return rotate(at.kv_idx, at.dim, restored, p)
+
+    def rotated_query(at: Any, x: Any, p: Any) -> Expr:
+        if base.query is None:
+            return rotate(at.q_idx, at.dim, x, p)
+        rotated: Any = _Mapped(lambda d: rotate(at.q_idx, d, x, p))
+        return base.query(at, rotated, p)
+
+    style = ("gptj" if interleaved else "llama") + ("" if query else "_keys")
+    return base.extended(
+        f"{base.name}_rope_table{rotary_dim}_{style}",
+        params={ROPE_TABLE: Tensor(ndim=3)},
+        key=key,
+        **({"query": rotated_query} if query else {}),
+    )
+
+
+def rope_turn_table(
+    frequencies: npt.ArrayLike,
+    positions: int,
+    *,
+    magnitude: float = 1.0,
+    interleaved: bool = False,
+) -> npt.NDArray[np.float32]:
+    """The parameter of :func:`rope_table`, from radians per position, for so many positions."""
+    angles = np.arange(positions)[:, None] * np.asarray(frequencies, np.float64)
+    cos, sin = magnitude * np.cos(angles), magnitude * np.sin(angles)
+    axis = 2 if interleaved else 1
+    table = [np.stack([a, b], axis).reshape(positions, -1) for a, b in ((cos, cos), (-sin, sin))]
+    return np.stack(table, 1).astype(np.float32)
+
+
+class _Mapped:
+    """A head vector whose elements are computed: ``function(d)``."""
+
+    def __init__(self, function: Callable[[Any], Expr]) -> None:
+        self._function = function
+
+    def __getitem__(self, d: Any) -> Expr:
+        return self._function(d)
 
 
 class _Scaled:

@@ -112,7 +112,7 @@ void CpuStepRunner::Append(const PoolView& pool, TokenHeads* q, TokenHeads k, To
       twin_rope_->Rotate(kernel_->q_type, *q, twins, config_.num_qo_heads, config_.head_dim_qk);
     }
     rotate(q, rotated_q_, config_.num_qo_heads);
-    rotate(&k, rotated_k_, config_.num_kv_heads);
+    if (rotates_keys_) rotate(&k, rotated_k_, config_.num_kv_heads);
   }
   const auto append = [&](TokenHeads source, char* to, const KVStrides& strides, bool values) {
     AppendParams params{};

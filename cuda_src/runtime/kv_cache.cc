@@ -181,7 +181,7 @@ void KVCacheObj::PrepareStep(const Shape& seq_ids, const Shape& append_lengths,
     }
   }
   pages_.Preview(requests_, &page_indptr_, &page_ids_, &copies_);
-  layout_.Build(requests_, page_indptr_, page_ids_, rotates());
+  layout_.Build(requests_, page_indptr_, page_ids_, stores_rotated());
   Schedule();
   PlanSends(seq_ids);
   layer_states_.assign(config_.num_layers(), LayerState{});

@@ -54,8 +54,21 @@ class KVCacheObj : public AttentionKVCacheInterface {
   /*! \brief Rotate with `rotary`, which serves attention with fused QKV only. */
   void UseSplitRotary(SplitRotary rotary);
 
-  /*! \brief debug_get_kv and debug_set_kv take keys as they are before they are rotated. */
+  /*!
+   * \brief debug_get_kv and debug_set_kv take keys as they are before they are rotated.
+   * \throws ValueError if the rotation is not undone by the opposite position: UseRotatingKernel.
+   */
   void UseInlineRope();
+  /*!
+   * \brief Keys are stored as they come, and rotated by the kernel whenever it reads them.
+   *
+   * A slid window needs no second rotation then, so any variant may see it whole. Kernels have a
+   * variant whose last parameter is `rope_table`, a table that the cache makes of its rotation (see
+   * variants.rope_table in Python), after those of UseVariant.
+   *
+   * \param rotary_dim, interleaved What the kernels were compiled for.
+   */
+  void UseRotatingKernel(int32_t rotary_dim, bool interleaved);
 
   /*!
    * \brief Parameters of the kernel's variant, the same in every layer; they are kept.
@@ -283,6 +296,7 @@ class KVCacheObj : public AttentionKVCacheInterface {
   VisitedRange EveryElement() const;
   void BindVariant(int32_t layer, tvm::ffi::PackedArgs values);
   bool rotates() const { return rotates_ || split_rotary_.has_value(); }
+  bool stores_rotated() const { return rotates() && !rope_table_.defined(); }
   /*! \brief Split fused `qkv`, and rotate its queries and keys, with the model's own function. */
   template <typename Queries>
   void Rotate(const Tensor& qkv, const Tensor& positions, const Queries& q, const Tensor& k,
@@ -299,6 +313,10 @@ class KVCacheObj : public AttentionKVCacheInterface {
   }
   /*! \brief Whether keys turn as they do when they are stored, or back to how they came. */
   enum class Turn { kForth, kBack };
+  bool UndoesRotation();
+  /*! \brief Keys [token, head, dim] rotated by the model's own function, in host memory. */
+  Tensor RotateByModel(const std::vector<int32_t>& positions, const char* keys);
+  Tensor MakeRopeTable(int32_t rotary_dim, bool interleaved);
   /*! \brief Keys [layer, token, head, dim] of a sequence's tokens from `start` on. */
   void TurnKeys(const Sequence& sequence, int64_t start, const Tensor& from, Tensor to, Turn turn);
   void AllocateTwins();
@@ -337,6 +355,7 @@ class KVCacheObj : public AttentionKVCacheInterface {
 
   std::optional<SplitRotary> split_rotary_;
   bool inline_rope_ = false;
+  Tensor rope_table_{nullptr};              //!< of kernels that rotate keys
   Tensor rotated_q_, rotated_k_, split_v_;  //!< [max_q_tokens, heads, dim], of split_rotary_
 
   std::optional<Import> import_;

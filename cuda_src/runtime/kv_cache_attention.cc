@@ -47,6 +47,10 @@ void KVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Option
     mask.has_value() ? AttendMasked(layer, sm_scale, q, to) : Attend(layer, sm_scale, q, to);
   };
   const TokenHeads o{DataOf(*o_data.operator->()), config_.num_qo_heads * dim, dim};
+  char* data = static_cast<char*>(DataOf(*qkv_data.operator->()));
+  const auto head = [&](int64_t first) {
+    return TokenHeads{data + first * dim * (type.bits / 8), heads * dim, dim};
+  };
   if (split_rotary_.has_value()) {
     const auto view = [&](const Tensor& whole, int64_t n) {
       return whole.CreateView({tokens, n, dim}, type);
@@ -69,14 +73,12 @@ void KVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Option
       return TokenHeads{DataOf(*t.operator->()), n * dim, dim};
     };
     TokenHeads rotated = operand(q, config_.num_qo_heads);
-    Append(layer, &rotated, operand(k, config_.num_kv_heads), operand(v, config_.num_kv_heads));
+    const TokenHeads keys =
+        stores_rotated() ? operand(k, config_.num_kv_heads) : head(config_.num_qo_heads);
+    Append(layer, &rotated, keys, operand(v, config_.num_kv_heads));
     attend(rotated, o);
     return;
   }
-  char* data = static_cast<char*>(DataOf(*qkv_data.operator->()));
-  const auto head = [&](int64_t first) {
-    return TokenHeads{data + first * dim * (type.bits / 8), heads * dim, dim};
-  };
   TokenHeads q = head(0);
   Append(layer, &q, head(config_.num_qo_heads), head(config_.num_qo_heads + config_.num_kv_heads));
   attend(q, o);

@@ -56,7 +56,8 @@ json::Object KVCacheObj::LayoutMetadata() const {
   layout.Set(String("qk_head_dim"), int64_t{config_.head_dim_qk});
   layout.Set(String("v_head_dim"), int64_t{config_.head_dim_vo});
   layout.Set(String("dtype"), String(tvm::ffi::DLDataTypeToString(dtype_)));
-  layout.Set(String("rotates"), rotates_ || split_rotary_.has_value());
+  layout.Set(String("rotates"), stores_rotated());
+  if (rope_table_.defined()) layout.Set(String("rotates_when_read"), true);
   layout.Set(String("page_group_layout"),
              String(config_.mla ? "1,num_logical_pages,page_size,qk_head_dim"
                     : config_.head_dim_qk == config_.head_dim_vo

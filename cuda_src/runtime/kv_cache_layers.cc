@@ -18,6 +18,9 @@ void KVCacheObj::UseLayers(const Shape& layers, KernelHandle kernel, int32_t win
   TVM_FLASHINFER_CHECK(!config_.sliding_window && !config_.mla, ValueError)
       << "layers of their own in a cache made with support_sliding_window 1 or of latent attention "
       << "(mla): its layers are alike";
+  TVM_FLASHINFER_CHECK(!rope_table_.defined(), ValueError)
+      << "layers of their own in a cache whose kernels rotate keys already: give it the layers "
+         "first";
   TVM_FLASHINFER_CHECK(window >= 0, ValueError)
       << "window is " << window << ", expected at least 0";
   TVM_FLASHINFER_CHECK(
@@ -96,21 +99,24 @@ void KVCacheObj::UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values) {
       << "of a cache sees none";
   TVM_FLASHINFER_CHECK(!config_.mla, NotImplementedError)
       << "a variant in a cache of latent attention";
-  TVM_FLASHINFER_CHECK(
-      !config_.sliding_window || !(rope_config_.has_value() || split_rotary_.has_value()),
-      NotImplementedError)
-      << "a variant in a cache that rotates keys and slides windows: a query is attended in two "
-      << "parts there, whose states a variant may not allow to merge";
+  TVM_FLASHINFER_CHECK(!config_.sliding_window || !stores_rotated(), NotImplementedError)
+      << "a variant in a cache that rotates keys when it stores them and slides windows: a query "
+         "is "
+      << "attended in two parts there, whose states a variant may not allow to merge; a kernel "
+         "that "
+      << "rotates keys when it reads them can (kv_cache_with_rotating_kernel)";
   VisitedRange range = EveryElement();
+  tvm::ffi::Array<tvm::ffi::Any> own = values;
+  if (rope_table_.defined()) own.push_back(rope_table_);
   BoundVariantArgs bound;
-  bound.Bind(*kernel_, values, device_);
+  bound.Bind(*kernel_, own, device_);
   const VariantArgs args = *bound.Get(*kernel_, range, -1);
   range.stores = true;
   if (kernel_->stores != 0) bound.Get(*kernel_, range, -1);
   for (LayerGroup& group : groups_) {
     if (!group.same_variant) continue;
     tvm::ffi::Array<tvm::ffi::Any> all{static_cast<int64_t>(group.runner->window() - 1)};
-    for (const tvm::ffi::Any& value : values) all.push_back(value);
+    for (const tvm::ffi::Any& value : own) all.push_back(value);
     group.variant.Bind(*group.kernel, all, device_);
     group.runner->UseVariant(*group.variant.Get(*group.kernel));
   }
@@ -128,10 +134,12 @@ void KVCacheObj::BindVariant(int32_t layer, PackedArgs values) {
   AnyView all[VariantArgs::kMaxArgs];
   int32_t count = 0;
   if (runner->window() > 0) all[count++] = static_cast<int64_t>(runner->window() - 1);
-  TVM_FLASHINFER_CHECK(values.size() + count == kernel->num_params, ValueError)
+  const int32_t rest = kernel->num_params - count - (rope_table_.defined() ? 1 : 0);
+  TVM_FLASHINFER_CHECK(values.size() == rest, ValueError)
       << values.size() << " parameters of the variant of layer " << layer + config_.layer_begin
-      << " were given, it declares " << kernel->num_params - count;
+      << " were given, it declares " << rest;
   for (int32_t i = 0; i < values.size(); ++i) all[count++] = values[i];
+  if (rope_table_.defined()) all[count++] = rope_table_;
   call_variant_.Bind(*kernel, PackedArgs(all, count), device_);
   runner->UseVariant(*call_variant_.Get(*kernel, EveryElement(), -1));
 }

@@ -201,6 +201,12 @@ AttentionKVCache WithInlineRope(AttentionKVCache cache) {
   return cache;
 }
 
+/*! \brief The kernels of a fresh cache rotate keys when they read them; returns the cache. */
+AttentionKVCache WithRotatingKernel(AttentionKVCache cache, int64_t rotary_dim, bool interleaved) {
+  Ours(cache)->UseRotatingKernel(static_cast<int32_t>(rotary_dim), interleaved);
+  return cache;
+}
+
 /*!
  * \brief Give layers of a fresh cache a kernel of their own, and a window unless that is 0; returns
  * the cache. Their queries and keys are not rotated.
@@ -290,6 +296,7 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("tvm_flashinfer.kv_cache_create_mla", CreateKVCacheMLA)
       .def("tvm_flashinfer.kv_cache_with_sliding_layers", WithSlidingLayers)
       .def("tvm_flashinfer.kv_cache_with_inline_rope", WithInlineRope)
+      .def("tvm_flashinfer.kv_cache_with_rotating_kernel", WithRotatingKernel)
       .def("tvm_flashinfer.kv_cache_with_layers", WithLayers)
       .def("tvm_flashinfer.kv_cache_with_layers_rope", WithLayersRope)
       .def("tvm_flashinfer.kv_cache_use_transfer", UseTransfer)

@@ -70,7 +70,7 @@ void StepLayout::Build(const std::vector<AppendRequest>& requests,
       const int32_t node = token - (length - tree_size);
       const int32_t position = tree_size == 0 ? token : length - tree_size + r.tree->depths[node];
       positions_.push_back(position);
-      origins_.push_back(sequence.Origin(position));
+      origins_.push_back(rotated ? sequence.Origin(position) : position);
     }
     if (r.tree != nullptr) {
       AddTree(r, own);

@@ -71,6 +71,8 @@ class StepRunner {
     variant_args_.arg[0].i = window - 1;
     has_variant_ = kernel_->num_params == 1;
   }
+  /*! \brief Keys are stored as they come: the kernel rotates them. */
+  void RotateQueriesOnly() { rotates_keys_ = false; }
   /*! \brief Parameters of the kernel's variant; what they point at outlives the runner. */
   void UseVariant(const VariantArgs& args) {
     variant_args_ = args;
@@ -149,6 +151,7 @@ class StepRunner {
   KernelHandle kernel_;
   FormatChooser format_;
   int32_t window_ = 0;
+  bool rotates_keys_ = true;  //!< if the cache rotates
   VariantArgs variant_args_{};
   bool has_variant_ = false;
 };

@@ -174,6 +174,7 @@ def test_suite_passes_on_a_tiny_model(tmp_path: Path) -> None:
 def test_suite_kv_cache_on_small_batches(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from tvm_flashinfer.bench.kv_cache import run
+    from tvm_flashinfer.bench.kv_formats import tree, two_prompts
 
     context = small_context(tmp_path)
     run(
@@ -185,6 +186,7 @@ def test_suite_kv_cache_on_small_batches(tmp_path: Path) -> None:
         children=(3,),
         cycles=20,
         window=32,
+        shapes=(tree((1, 32), (2, 16)), two_prompts(32, 2, 16)),
     )
     rows = {(row.case, row.metric): row for row in context.report.rows}
     assert all(row.ours > 0 for row in rows.values())
@@ -199,6 +201,9 @@ def test_suite_kv_cache_on_small_batches(tmp_path: Path) -> None:
             "ours, rotated when read",
             "rotated apart",
         },
+        ("formats, 2x16 of 1x32", "attention step"): {"flat", "shared"},
+        ("formats, 2 x 2x16 of 32, in turns", "chosen over flat"): set(),
+        ("formats, the worst", "chosen over flat"): set(),
         ("cycles to 20", "resident memory"): set(),
     }
     for key, peers in beside.items():

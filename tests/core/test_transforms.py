@@ -222,6 +222,28 @@ def test_rope_in_the_kernel(name: str) -> None:
     )
 
 
+_TABLE_VARIANTS: dict[tuple[int, bool], Variant] = {}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_from_a_table(name: str) -> None:
+    config, batch = ROPES[name], batch_of()
+    frequencies, magnitude = config.resolve(64)
+    made = (config.rotary_dim or 64, config.interleaved)
+    variant = _TABLE_VARIANTS.setdefault(
+        made, variants.rope_table(made[0], interleaved=config.interleaved)
+    )
+    table = variants.rope_turn_table(
+        frequencies, 512, magnitude=magnitude, interleaved=config.interleaved
+    )
+    rotate = lambda x, at, r: rotated(x, at, config)  # noqa: E731
+    check(
+        run(batch, variant, {"rope_table": table}),
+        expected(batch, query=rotate, key=rotate),
+        "float32",
+    )
+
+
 def test_rope_at_distant_positions() -> None:
     """Angles are reduced exactly: float32 angles would be off by 0.008 at position 131,072."""
     first = 131072

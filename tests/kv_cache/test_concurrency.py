@@ -7,8 +7,16 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
-from cache_model import Dims, Twin
+import numpy as np
+import pytest
+from cache_model import Dims, Twin, reference_attention, to_tvm
+from test_nn import DIM, KV_HEADS, QUERY_HEADS, Model, compiled
+from tvm.relax.frontend.nn.llm.kv_cache import RopeMode
+
+from tvm_flashinfer.kv_cache import KVCache
+from tvm_flashinfer.nn import PagedKVCache
 
 ROUNDS = 6
 
@@ -62,3 +70,49 @@ def test_a_cache_goes_on_while_processes_compile(tmp_path: Path) -> None:
         assert not failures, failures
     assert [compiler.returncode for compiler in compilers] == [0, 0]
     assert len(list(tmp_path.rglob("kernel.so"))) == 1
+
+
+COMPILE_MODULE = """
+import sys
+sys.path[:0] = sys.argv[1:]
+from test_nn import SCALINGS, Model, compiled
+from tvm.relax.frontend.nn.llm.kv_cache import RopeMode
+from tvm_flashinfer.nn import PagedKVCache
+vm = compiled(Model(PagedKVCache, SCALINGS["yarn"], rope_mode=RopeMode.INLINE))
+assert vm["create"]() is not None
+"""
+
+
+def vm_steps(vm: Any, rng: np.random.Generator) -> None:
+    """A model's own cache, driven from the VM: prefill and decode, compared with NumPy."""
+    cache = KVCache(vm["create"]())
+    k, v = (np.zeros((0, KV_HEADS, DIM), np.float32) for _ in range(2))
+    cache.add_sequence(0)
+    for length in (33, 1, 1, 5):
+        qkv = rng.standard_normal((1, length, QUERY_HEADS + 2 * KV_HEADS, DIM), np.float32)
+        with cache.step([0], [length]):
+            out = vm["forward"](to_tvm(qkv), cache.handle).numpy()
+        q, new_k, new_v = np.split(qkv[0], [QUERY_HEADS, QUERY_HEADS + KV_HEADS], 1)
+        k, v = np.concatenate([k, new_k]), np.concatenate([v, new_v])
+        np.testing.assert_allclose(
+            out.reshape(q.shape), reference_attention(q, k, v), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_the_vm_steps_while_a_process_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one compiles a Relax module and its kernels, into the kernel cache of this one."""
+    monkeypatch.setenv("TVM_FFI_CACHE_DIR", str(tmp_path))
+    vm = compiled(Model(PagedKVCache, {}, rope_mode=RopeMode.NONE))
+    kernels = len(list(tmp_path.rglob("kernel.so")))
+    folders = [str(folder) for folder in (Path(__file__).parent, Path(__file__).parents[1])]
+    compiler = subprocess.Popen([sys.executable, "-c", COMPILE_MODULE, *folders])
+    rng = np.random.default_rng(0)
+    rounds = 0
+    while compiler.poll() is None:
+        vm_steps(vm, rng)
+        rounds += 1
+    assert compiler.returncode == 0
+    assert rounds > 1
+    assert len(list(tmp_path.rglob("kernel.so"))) > kernels

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer brings its own new"
+)
 
 
 @pytest.fixture(scope="module")

@@ -170,6 +170,27 @@ def test_a_compiled_model_sends_its_pages_and_shows_keys_as_they_came() -> None:
     assert (v.numpy() == values).all()
 
 
+def test_inline_yarn_shows_keys_as_they_came() -> None:
+    """TVM's YaRN can't be undone: keys are stored as they come, and rotated by the kernel."""
+    scaling = SCALINGS["yarn"]
+    outputs_of = [compiled(Model(PagedKVCache, scaling, rope_mode=mode)) for mode in RopeMode]
+    qkv = np.random.default_rng(0).standard_normal((1, 40, 8, DIM), np.float32)
+    found = []
+    for vm in outputs_of:
+        cache = KVCache(vm["create"]())
+        cache.add_sequence(0)
+        for part in (qkv[:, :33], qkv[:, 33:34], qkv[:, 34:]):
+            with cache.step([0], [part.shape[1]]):
+                found.append(vm["forward"](to_tvm(part.copy()), cache.handle).numpy())
+    none, normal, inline = found[:3], found[3:6], found[6:]
+    for a, b, c in zip(none, normal, inline, strict=True):
+        np.testing.assert_allclose(b, c, atol=2e-5)
+        assert np.abs(a - b).max() > 0.1
+    k, v = (tvm.runtime.empty((1, 40, KV_HEADS, DIM), "float32") for _ in range(2))
+    cache.get_kv(0, 0, 40, k, v)
+    assert (k.numpy() == qkv[:, :, QUERY_HEADS : QUERY_HEADS + KV_HEADS]).all()
+
+
 def test_longrope_is_that_of_the_cache() -> None:
     """TVM's own function doesn't compile: compared with the cache that test_rope.py proves."""
     factors = {"short_factor": [1.0] * 16, "long_factor": [1.0 + i / 4 for i in range(16)]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from cache_model import TOLERANCE, Array, Dims, numpy_dtype, reference_attention
 from test_rope import LONGROPE, rotated
 from tvm.relax.frontend.nn.llm.position_embedding import llama_rope_with_position_map
 
+from tvm_flashinfer import variants
 from tvm_flashinfer.kv_cache import KVCache
 from tvm_flashinfer.rope import RopeConfig
 
@@ -26,7 +28,9 @@ HEADS = Dims().num_qo_heads, Dims().num_kv_heads
 class Windowed:
     """Sequences with windows, and the unrotated tokens that each still holds."""
 
-    def __init__(self, rope: RopeConfig, page_size: int, dtype: str, cache: Any = None) -> None:
+    def __init__(
+        self, rope: RopeConfig, page_size: int, dtype: str, cache: Any = None, **options: Any
+    ) -> None:
         self.rope, self.dtype = rope, dtype
         self.rng = np.random.default_rng(0)
         self.cache = cache or KVCache.create(
@@ -41,7 +45,10 @@ class Windowed:
             dtype=dtype,
             rope=rope,
             sliding_window=True,
+            **options,
         )
+        #: Of float64 rotated queries and keys, and of values.
+        self.attend: Callable[[Array, Array, Array], Array] = reference_attention
         self.tokens: dict[int, tuple[Array, Array]] = {}
         self.windows: dict[int, tuple[int, int]] = {}
 
@@ -82,7 +89,7 @@ class Windowed:
                 for old, fresh in zip(self.tokens[seq_id], (k, v), strict=True)
             )
             positions = np.arange(len(keys))
-            expected = reference_attention(
+            expected = self.attend(
                 rotated(q[new], positions[len(keys) - count :], self.rope),
                 rotated(keys, positions, self.rope),
                 values,
@@ -169,4 +176,100 @@ def test_the_rotation_of_a_compiled_model_serves_a_window_too() -> None:
     twin = Windowed(ROPES["llama"], 16, "float32", KVCache(handle))
     twin.add(0, 20, 4)
     for length in (37, 1, 12, 1, 1):
+        twin.step([0], [length])
+
+
+# -- with a variant: kernels rotate keys, so that a query sees window and sink at once
+
+SLOPE = np.array([0.5, 0.1, 0.0, 1.0, 0.3, 0.02], np.float32)
+LOGIT = np.array([0.0, 3.0, -2.0, 1.0, 5.0, 0.5], np.float32)
+
+
+def attention(q: Array, k: Array, v: Array, logits: Any = None, sink: Array | None = None) -> Array:
+    """Causal, of queries that end with the keys; ``logits(x, q_idx, kv_idx)``, a sink a head."""
+    k, v = (np.repeat(x.astype(np.float64), HEADS[0] // HEADS[1], 1) for x in (k, v))
+    at, key = len(k) - len(q) + np.arange(len(q))[:, None], np.arange(len(k))[None]
+    x = np.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+    x = np.where(key <= at, x if logits is None else logits(x, at, key), -np.inf)
+    top = x.max(-1, keepdims=True)
+    total = np.exp(x - top).sum(-1, keepdims=True)
+    if sink is not None:
+        total += np.exp(sink[:, None, None] - top)
+    return np.einsum("hqk,khd->qhd", np.exp(x - top) / total, v)
+
+
+#: Variant, its parameters, and the same for the oracle.
+SEEN_WHOLE: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "alibi": (
+        variants.alibi,
+        {"slope": SLOPE},
+        {"logits": lambda x, at, key: x + SLOPE[:, None, None] * (key - at)},
+    ),
+    "soft_cap": (variants.soft_cap, {"cap": 1.5}, {"logits": lambda x, *_: 1.5 * np.tanh(x / 1.5)}),
+    "learned_sink": (variants.learned_sink, {"sink": LOGIT}, {"sink": LOGIT}),
+}
+
+
+@pytest.mark.parametrize("rope", list(ROPES))
+@pytest.mark.parametrize("name", list(SEEN_WHOLE))
+def test_a_variant_over_a_slid_window(name: str, rope: str) -> None:
+    variant, params, oracle = SEEN_WHOLE[name]
+    twin = Windowed(ROPES[rope], 5, "float32", variant=variant, variant_params=params)
+    twin.attend = lambda q, k, v: attention(q, k, v, **oracle)
+    twin.add(0, 24, 4)
+    twin.add(1)
+    twin.step([0, 1], [30, 11])
+    for _ in range(3):
+        twin.step([1, 0], [1, 1])
+    twin.fork(0, 2, 9)
+    twin.step([2, 0, 1], [9, 7, 2])
+    twin.pop(0, 20)
+    twin.pop(2, 3)
+    twin.step([0, 2], [12, 1])
+
+
+def test_its_keys_are_kept_as_they_came_and_move_between_caches() -> None:
+    twin, other = (
+        Windowed(
+            ROPES["llama"],
+            5,
+            "float32",
+            variant=variants.soft_cap,
+            variant_params={"cap": 1.5},
+            inline_rope=True,
+        )
+        for _ in range(2)
+    )
+    for each in (twin, other):
+        each.attend = lambda q, k, v: attention(q, k, v, **SEEN_WHOLE["soft_cap"][2])
+    twin.add(0, 24, 4)
+    twin.step([0], [37])
+    twin.step([0], [2])
+    k, v = (tvm.runtime.empty((1, 24, HEADS[1], 32), "float32") for _ in range(2))
+    twin.cache.get_kv(0, 0, 24, k, v)
+    assert (k.numpy()[0] == twin.tokens[0][0]).all()
+    other.cache.import_sequence(3, *twin.cache.export_sequence(0))
+    other.tokens[3], other.windows[3] = twin.tokens[0], twin.windows[0]
+    other.step([3], [3])
+    plain = Windowed(ROPES["llama"], 5, "float32").cache
+    with pytest.raises(ValueError, match="`rotates` is false, this cache has true"):
+        plain.import_sequence(3, *twin.cache.export_sequence(0))
+
+
+def test_a_narrow_pool_is_rotated_after_its_scales() -> None:
+    """``store_key`` takes keys as they come; what is read is multiplied, then rotated."""
+    scale = np.random.default_rng(1).uniform(0.01, 0.05, (HEADS[1], 32)).astype(np.float32)
+    params = {"k_scale": scale, "v_scale": scale}
+    options = {"variant": variants.quantized(), "variant_params": params, "kv_dtype": "int8"}
+    twin = Windowed(ROPES["llama"], 16, "float32", **options)
+    rng = np.random.default_rng(2)
+    # Keys and values that int8 holds exactly.
+    twin.random = lambda tokens, heads: (  # type: ignore[method-assign]
+        (rng.integers(-127, 128, (tokens, heads, 32)) * scale[0]).astype(np.float32)
+        if heads == HEADS[1]
+        else rng.standard_normal((tokens, heads, 32), np.float32)
+    )
+    params["k_scale"][1] = params["v_scale"][1] = scale[0]
+    twin.add(0, 20, 4)
+    for length in (37, 1, 12, 1):
         twin.step([0], [length])

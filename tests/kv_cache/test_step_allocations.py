@@ -54,6 +54,9 @@ print(count() > before)
 """
 
 
+@pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer brings its own heap"
+)
 @pytest.mark.skipif(sys.platform != "linux", reason="the heap is glibc's")
 def test_begin_forward_allocates_nothing(tmp_path: Path) -> None:
     library = tmp_path / "count_allocations.so"

@@ -315,15 +315,29 @@ SCALINGS: dict[str, tuple[dict[str, Any], Rotation]] = {
 @pytest.mark.parametrize("name", list(SCALINGS))
 def test_every_scaling(name: str, mode: int) -> None:
     scaling, rotation = SCALINGS[name]
-    if name == "yarn" and mode == INLINE:
-        with pytest.raises(ValueError, match="is not undone by the opposite position"):
-            Driver(rope_mode=mode, scaling=scaling)
-        return
     driver = Driver(rope_mode=mode, scaling=scaling, rotation=rotation)
     driver.step([(0, 33), (1, 70)])
     driver.step([(0, 1), (1, 1)])
     driver.fork(2, 1, 40)
     driver.step([(2, 5)])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_inline_yarn_over_windows_trees_and_layers_with_a_window(dtype: str) -> None:
+    scaling, rotation = SCALINGS["yarn"]
+    options: dict[str, Any] = {"rope_mode": INLINE, "scaling": scaling, "rotation": rotation}
+    driver = Driver(dtype=dtype, sliding_window=True, **options)
+    driver.add(0)
+    driver.enable_window(0, 40, 4)
+    driver.step([(0, 60), (1, 12)])
+    for _ in range(3):
+        driver.step([(0, 1), (1, 1)])
+    driver.step([(0, 3), (1, 4)], [[-1, 0, 0], [-1, -1, 1, 1]])
+    driver.commit({0: 2, 1: 3})
+    driver.step([(1, 5), (0, 2)])
+    driver = Driver(dtype=dtype, kinds=[MHA_SLIDING, MHA], layer_window=9, **options)
+    for length in (30, 1, 7, 1):
+        driver.step([(0, length)])
 
 
 def test_longrope_of_tvm_does_not_compile() -> None:

@@ -245,6 +245,8 @@ class Driver:
         return positions
 
     def slide(self, seq_id: int) -> None:
+        if self.trees.get(seq_id):
+            return  # once a path is kept
         window, sink = self.windows.get(seq_id, (2**31, 0))
         drop = self.keys[seq_id].shape[1] - window
         if drop > 0:
@@ -264,6 +266,7 @@ class Driver:
                 leaf = tree[leaf]
             for table in (self.keys, self.values):
                 table[seq_id] = table[seq_id][:, [*range(prefix), *path]]
+            self.slide(seq_id)
         self.verify(list(leaves))
 
     # -- comparisons

@@ -15,31 +15,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
-import tvm
-import tvm_ffi
 
 from ..attention import BatchAttention
 from ..kv_cache import KVCache
 from ..layout import BlockSparseLayout
 from ..rope import RopeConfig
-from ..variants import rope, rope_turns
+from ..variants import rope_table, rope_turn_table
+from .kv_formats import SHAPES, Shape, formats, parallel_generation
+from .kv_subject import DIM, HEADS, PAGE, SUITE, Subject, add_row, caches, kv_bytes
 from .machine import read_bandwidth
-from .report import Row
 from .suites import Context
 from .timing import REST, Call, measure
-from .tvm_kv_cache import TVMKVCache
 
 __all__ = ["run"]
-
-SUITE = "kv-cache"
-PEER = "tvm"
-PAGE = 16
-DIM = 128
-Heads = tuple[int, int]
-#: Of Llama-3.1-8B.
-HEADS: Heads = (32, 8)
-#: Enough that a layer's keys and values have left the caches when its turn comes again.
-GENERATION_LAYERS = 4
 
 
 def run(
@@ -52,6 +40,7 @@ def run(
     children: Sequence[int] = (4, 8, 16, 32),
     cycles: int = 100_000,
     window: int = 2048,
+    shapes: Sequence[Shape] = SHAPES,
 ) -> None:
     """Adds the rows of this suite to ``context.report``."""
     if context.device != "cpu":
@@ -59,125 +48,10 @@ def run(
         return
     _steps(context, batch, length)
     for n in children:
-        _parallel_generation(context, n, prompt, suffix)
+        parallel_generation(context, n, prompt, suffix)
+    formats(context, shapes)
     _streaming(context, window)
     _cycles(context, cycles)
-
-
-class Subject:
-    """A cache under measurement: sequences are filled, and steps take a token each."""
-
-    def __init__(
-        self,
-        cache: KVCache,
-        heads: Heads,
-        dim: int = DIM,
-        dtype: str = "float32",
-        layers: int = 1,
-    ) -> None:
-        self.cache = cache
-        self.heads, self.dim, self.dtype, self.layers = heads, dim, dtype, layers
-        self._rng = np.random.default_rng(0)
-        self._operands: dict[int, tuple[Any, Any]] = {}
-
-    def _random(self, *shape: int) -> Any:
-        return self._rng.standard_normal(shape, dtype=np.float32).astype(self.dtype)
-
-    def fill(self, seq_id: int, count: int) -> None:
-        """Append random keys and values, without attention."""
-        qo, kv = self.heads
-        if isinstance(self.cache, TVMKVCache):
-            qkv = tvm.runtime.tensor(self._random(count, qo + 2 * kv, self.dim))
-            out = tvm.runtime.empty((count, qo, self.dim), self.dtype)
-            self.cache.filling = True
-            with self.cache.step([seq_id], [count]):
-                for layer in range(self.layers):
-                    self.cache.attention_fused_qkv(layer, qkv, out)
-            self.cache.filling = False
-            return
-        begin = self.cache.length(seq_id)
-        with self.cache.step([seq_id], [count]):
-            pass
-        k, v = (
-            tvm.runtime.tensor(self._random(self.layers, count, kv, self.dim)) for _ in range(2)
-        )
-        self.cache.set_kv(seq_id, begin, k, v)
-
-    def begin_and_end(self, seq_ids: Sequence[int]) -> Callable[[], float]:
-        """A call that begins a step of a token each and takes it back: seconds of begin_forward."""
-        handle = self.cache.handle
-        begin, end, pop = (
-            tvm.get_global_func(f"vm.builtin.kv_state_{name}")
-            for name in ("begin_forward", "end_forward", "popn")
-        )
-        ids, ones = tvm_ffi.Shape(seq_ids), tvm_ffi.Shape([1] * len(seq_ids))
-
-        def call() -> float:
-            start = time.perf_counter()
-            begin(handle, ids, ones)
-            seconds = time.perf_counter() - start
-            end(handle)
-            for seq_id in seq_ids:
-                pop(handle, seq_id, 1)
-            return seconds
-
-        return call
-
-    def step(self, seq_ids: Sequence[int]) -> None:
-        """Append a token to each sequence and attend."""
-        count, (qo, kv) = len(seq_ids), self.heads
-        if count not in self._operands:
-            qkv = tvm.runtime.tensor(self._random(count, qo + 2 * kv, self.dim))
-            self._operands[count] = qkv, tvm.runtime.empty((count, qo, self.dim), self.dtype)
-        with self.cache.step(seq_ids, [1] * count):
-            for layer in range(self.layers):
-                self.cache.attention_fused_qkv(layer, *self._operands[count])
-
-    def decode(self, seq_ids: Sequence[int], *, pop: bool = True) -> Call:
-        """A step; with ``pop`` it leaves the cache as it was."""
-
-        def call(turn: int) -> None:
-            self.step(seq_ids)
-            for seq_id in seq_ids if pop else ():
-                self.cache.pop(seq_id, 1)
-
-        return call
-
-
-def _caches(heads: Heads, batch: int, tokens: int, layers: int = 1) -> dict[str, Subject]:
-    """Ours, and TVM's, with room for so many tokens."""
-    qo, kv = heads
-    sizes: dict[str, Any] = {
-        "num_qo_heads": qo,
-        "num_kv_heads": kv,
-        "head_dim": DIM,
-        "num_layers": layers,
-        "max_batch_size": batch,
-        # TVM counts a page of slack for each block of a sequence.
-        "max_total_seq_len": tokens + 2 * PAGE * (batch + 1),
-        "prefill_chunk_size": 4096,
-    }
-    caches = {"ours": KVCache.create(page_size=PAGE, **sizes), PEER: TVMKVCache(**sizes)}
-    return {name: Subject(cache, heads, layers=layers) for name, cache in caches.items()}
-
-
-def _kv_bytes(heads: Heads, tokens: int, layers: int = 1) -> int:
-    return layers * 2 * tokens * heads[1] * DIM * 4
-
-
-def _add(
-    context: Context,
-    case: str,
-    metric: str,
-    unit: str,
-    values: dict[str, float],
-    floor: float | None,
-    samples: int,
-) -> None:
-    peers = {name: value for name, value in values.items() if name != "ours"}
-    context.report.rows.append(
-        Row(SUITE, case, metric, unit, "lower", values["ours"], floor, peers, samples)
-    )
 
 
 def _steps(context: Context, batch: int, length: int) -> None:
@@ -188,7 +62,7 @@ def _steps(context: Context, batch: int, length: int) -> None:
     context.progress(step_case)
     # A fourth of HEADS: with all of them the two caches would take 4 GiB, and TVM's step seconds.
     heads = (8, 2)
-    subjects = _caches(heads, batch, batch * length)
+    subjects = caches(heads, batch, batch * length)
     everyone = list(range(batch))
     for subject in subjects.values():
         for seq_id in everyone:
@@ -204,65 +78,15 @@ def _steps(context: Context, batch: int, length: int) -> None:
                 if turn >= 10:  # earlier ones grow what they will need
                     times[name].append(taken)
         values = {name: 1e6 * statistics.median(values) for name, values in times.items()}
-        _add(context, begin_case, "time of begin_forward", "us", values, None, 100)
+        add_row(context, begin_case, "time of begin_forward", "us", values, None, 100)
     if context.wants(step_case):
         seconds, samples = measure(
             {name: subject.decode(everyone) for name, subject in subjects.items()}, REST
         )
-        floor = 1e3 * _kv_bytes(heads, batch * length) / read_bandwidth(context.threads)
+        floor = 1e3 * kv_bytes(heads, batch * length) / read_bandwidth(context.threads)
         values = {name: 1e3 * value for name, value in seconds.items()}
         case = f"{step_case}, {heads[0]}/{heads[1]} heads"
-        _add(context, case, "attention step", "ms", values, floor, samples)
-
-
-def _parallel_generation(context: Context, n: int, prompt: int, suffix: int) -> None:
-    """One prompt and n children that grow: latency between tokens, over the whole growth."""
-    case = f"parallel generation, prompt {prompt}, n {n}"
-    if not context.wants(case):
-        return
-    context.progress(case)
-    subjects = _caches(HEADS, n + 1, prompt + (n + 1) * (suffix + PAGE), GENERATION_LAYERS)
-    children = list(range(1, n + 1))
-    for subject in subjects.values():
-        subject.cache.add_sequence(0)
-        subject.fill(0, prompt)
-        for child in children:
-            subject.cache.fork_sequence(0, child)
-    ours = subjects["ours"]
-
-    def formatted(name: str) -> Call:
-        decode = ours.decode(children)
-
-        def call(turn: int) -> None:
-            ours.cache.use_format(name)
-            decode(turn)
-
-        return call
-
-    contenders = {
-        "ours": formatted("auto"),
-        "ours, flat": formatted("flat"),
-        PEER: subjects[PEER].decode(children),
-    }
-    stops = 4
-    bandwidth = read_bandwidth(context.threads)
-    totals = dict.fromkeys(contenders, 0.0)
-    floor, samples = 0.0, 0
-    for stop in range(stops + 1):
-        seconds, taken = measure(contenders, REST)
-        samples += taken
-        # Trapezoids over the growth: a child spends as long between two stops.
-        share = (0.5 if stop in (0, stops) else 1.0) / stops
-        for name, value in seconds.items():
-            totals[name] += share * value * 1e3
-        tokens = prompt + n * (suffix * stop // stops + 1)
-        floor += share * 1e3 * _kv_bytes(HEADS, tokens, GENERATION_LAYERS) / bandwidth
-        if stop < stops:
-            for subject in subjects.values():
-                for child in children:
-                    subject.fill(child, suffix // stops)
-    metric = f"attention of {GENERATION_LAYERS} layers between tokens"
-    _add(context, case, metric, "ms", totals, floor, samples)
+        add_row(context, case, "attention step", "ms", values, floor, samples)
 
 
 def _streaming(context: Context, window: int) -> None:
@@ -278,8 +102,8 @@ def _streaming(context: Context, window: int) -> None:
         contenders = dict(_streamers(batch, window))
         seconds, samples = measure(contenders, REST)
         values = {name: 1e3 * value for name, value in seconds.items()}
-        floor = 1e3 * _kv_bytes(HEADS, batch * window) / read_bandwidth(context.threads)
-        _add(context, case, "attention of a token", "ms", values, floor, samples)
+        floor = 1e3 * kv_bytes(HEADS, batch * window) / read_bandwidth(context.threads)
+        add_row(context, case, "attention of a token", "ms", values, floor, samples)
 
 
 def _streamers(batch: int, window: int) -> Iterator[tuple[str, Call]]:
@@ -300,8 +124,12 @@ def _streamers(batch: int, window: int) -> Iterator[tuple[str, Call]]:
     caches = {
         "ours": KVCache.create(rope=config, **sizes),
         "ours, rotated when read": KVCache.create(
-            variant=rope(DIM),
-            variant_params={"turn": rope_turns(frequencies), "magnitude": magnitude},
+            variant=rope_table(DIM),
+            variant_params={
+                "rope_table": rope_turn_table(
+                    frequencies, sizes["max_total_seq_len"], magnitude=magnitude
+                )
+            },
             **sizes,
         ),
     }
@@ -387,8 +215,10 @@ def _cycles(context: Context, cycles: int) -> None:
                 cache.remove_sequence(alive.pop(0))
         seconds = (time.perf_counter() - start) / (cycles // parts)
         name = f"{case} to {(part + 1) * cycles // parts}"
-        _add(context, name, "time of a cycle", "us", {"ours": 1e6 * seconds}, None, cycles // parts)
-        _add(context, name, "resident memory", "MiB", {"ours": _resident() / 2**20}, None, 1)
+        add_row(
+            context, name, "time of a cycle", "us", {"ours": 1e6 * seconds}, None, cycles // parts
+        )
+        add_row(context, name, "resident memory", "MiB", {"ours": _resident() / 2**20}, None, 1)
     for seq_id in alive:
         cache.remove_sequence(seq_id)
     if cache.num_free_pages != pages or not cache.is_empty:

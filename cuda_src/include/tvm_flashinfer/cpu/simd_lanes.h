@@ -34,6 +34,9 @@ inline bool AllZero(VInt v) {
 #endif
 }
 
+/*! Whether index[i] is index[0] + i. */
+inline bool AreNeighbours(VInt index) { return AllZero((index - Iota()) ^ Broadcast(index[0])); }
+
 /*! v[i] = data[index[i]] */
 inline VFloat Gather(const float* data, VInt index) {
 #if defined(__AVX512F__)
@@ -134,15 +137,17 @@ struct SimdLanes {
   /*! Neighbours and permutations within a vector, the usual cases, need no gather. */
   static Float Element(const Vector& x, Int index) {
     index = Max(Int{}, Min(index, Broadcast(x.last)));
-    const int32_t first = index[0];
-    if (AllZero((index - Iota()) ^ Broadcast(first))) return Load(x.data + first);
+    if (AreNeighbours(index)) return Load(x.data + index[0]);
     const Int lane = index - x.dim;
     if (AllZero(lane & ~(kLanes - 1))) return __builtin_shuffle(Element(x), lane);
     return Gather(x.data, index);
   }
 
+  /*! Neighbours, the usual case, need no gather. */
   static Float LoadFloat(const VariantArg& arg, Int index) {
-    return Gather(static_cast<const float*>(arg.data), index);
+    const auto* data = static_cast<const float*>(arg.data);
+    if (AreNeighbours(index)) return Load(data + index[0]);
+    return Gather(data, index);
   }
   static Int LoadInt(const VariantArg& arg, Int index) {
     return Gather(static_cast<const int32_t*>(arg.data), index);
