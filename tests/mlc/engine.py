@@ -96,6 +96,13 @@ class Engine:
         name = "attention_kv_cache_commit_accepted_token_tree_nodes"
         self.call(name, shape(*seq_ids), shape(*leaves))
 
+    def prepare_receive(self, seq_id: int, length: int) -> Any:
+        """Where the next `length` tokens of a sequence are to be written by another machine."""
+        return self.call("kv_cache_disagg_prepare_recv", seq_id, length)
+
+    def mark_send(self, seq_id: int, begin: int, rows: Any, receiver: int) -> None:
+        self.call("kv_cache_disagg_mark_send", seq_id, begin, rows, receiver)
+
     # -- the model's functions, as cpp/serve/model.cc calls them; all return logits
 
     def _embed(self, tokens: Sequence[int]) -> Any:
