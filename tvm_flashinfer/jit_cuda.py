@@ -292,7 +292,8 @@ def _flags(arch: str) -> list[str]:
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     if arch == "90a":  # told to the host compiler too, which launches what the device compiler made
         flags.append("-DTVM_FLASHINFER_SM90A")
-    return [*flags, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    # objcopy leaves unique symbols global, and two kernels of a model have the same ones.
+    return [*flags, "-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-gnu-unique"]
 
 
 def _digest(source: str, flags: list[str]) -> str:
