@@ -89,6 +89,33 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
     },
+    "qwen2_5_vl": {
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "rope_parameters": {"mrope_section": [2, 3, 3]},
+    },
+    "bert": {
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
+    },
+    "llava": {
+        "image_token_index": 7,
+        "text_config": _COMMON,
+        "vision_config": {
+            "hidden_size": 48,
+            "image_size": 32,
+            "intermediate_size": 80,
+            "num_attention_heads": 3,
+            "num_hidden_layers": 3,
+            "patch_size": 8,
+            "projection_dim": 32,
+            "vocab_size": VOCABULARY,
+            "layer_norm_eps": 1e-5,
+            "hidden_act": "quick_gelu",
+        },
+    },
 }
 
 

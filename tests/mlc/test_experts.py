@@ -39,7 +39,8 @@ def run(forward: Any, args: list[Array]) -> Any:
     with tvm.target.Target("llvm"):
         modes = {"param_mode": "none", "effect_mode": "none"}
         module, _ = Model().export_tvm(spec={method: spec | {"$": modes}})
-        vm = relax.VirtualMachine(tvm.compile(ThreadsToLoops()(module), "llvm"), tvm.cpu())
+        module = tvm.transform.Sequential([ThreadsToLoops()])(module)
+        vm = relax.VirtualMachine(tvm.compile(module, "llvm"), tvm.cpu())
     return vm[method](*map(tvm.runtime.tensor, args))
 
 

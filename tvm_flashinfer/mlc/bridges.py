@@ -81,6 +81,10 @@ def _lacks(module: str, name: str) -> bool:
     return False
 
 
+def _is_tvm(version: str) -> bool:
+    return str(importlib.import_module("tvm").__version__).startswith(f"{version}.")
+
+
 # -- names of expressions
 
 
@@ -263,6 +267,44 @@ def _lift_global_buffers() -> None:
     theirs.remove_global_buf_alloc = remove_global_buf_alloc
 
 
+def _narrow_floats() -> None:
+    import tvm
+    from mlc_llm.compiler_pass import pipeline
+    from tvm import tirx
+
+    @tvm.transform.module_pass(opt_level=0, name="LeaveNarrowFloats")
+    def leave(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+        if tvm.target.Target.current().kind.name != "llvm":
+            return mod
+        for gvar, func in mod.functions_items():
+            if isinstance(func, tirx.PrimFunc):
+                buffers = [param for param in func.params if tirx.is_buffer_var(param)]
+                if any(str(buffer.dtype).startswith(("bfloat", "float8")) for buffer in buffers):
+                    mod[gvar] = func.with_attr("tirx.is_scheduled", True)
+        return mod
+
+    theirs = pipeline.LowBatchGemvSpecialize
+    pipeline.LowBatchGemvSpecialize = lambda: tvm.transform.Sequential([theirs(), leave])
+
+
+def _center_crop() -> None:
+    from mlc_llm.model.vision.image_processing import ImageProcessor
+    from tvm import te
+    from tvm.relax.frontend.nn import op
+
+    def crop(self: Any, image: Any, crop_size: Mapping[str, int]) -> Any:
+        height, width = crop_size["height"], crop_size["width"]
+
+        def compute(x: Any) -> Any:
+            top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
+            extents = (x.shape[0], x.shape[1], height, width)
+            return te.compute(extents, lambda n, c, i, j: x[n, c, i + top, j + left], name="crop")
+
+        return op.tensor_expr_op(compute, "crop", [image])
+
+    ImageProcessor.crop = crop
+
+
 #: What ``import mlc_llm`` and its compiler need of TVM.
 BRIDGES = (
     Bridge(
@@ -334,5 +376,17 @@ LATE_BRIDGES = (
         "in TVM 0.27 buffers are parameters themselves: its search for pointers finds none",
         lambda: any(bridge.name == "PrimFunc.buffer_map" for bridge in _active),
         _lift_global_buffers,
+    ),
+    Bridge(
+        "dlight.cpu.GEMV",
+        "TVM 0.27 fails at vectors of bfloat16 and takes minutes at those of float8",
+        lambda: _is_tvm("0.27"),
+        _narrow_floats,
+    ),
+    Bridge(
+        "ImageProcessor.crop",
+        "TVM 0.27 wants T.writes at the top of a block, and LLaVA has a condition there",
+        lambda: _is_tvm("0.27"),
+        _center_crop,
     ),
 )

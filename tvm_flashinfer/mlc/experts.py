@@ -1,9 +1,10 @@
 """Mixture-of-experts models on a CPU: mlc_llm has the kernels of its experts for GPUs only.
 
 Two kinds of them. Those that multiply the rows of each expert by its weights share tiles among the
-threads of a block: :func:`on_cpu` has others in their place. The rest use a thread for an element,
-and share nothing: :class:`ThreadsToLoops` makes loops of the threads. One of those, that chooses
-the experts, writes before its own array: :func:`init_top_k` is in the place of what does.
+threads of a block: :func:`group_gemm` and :func:`dequantize_group_gemm` are in their place. The
+rest use a thread for an element, and share nothing: :class:`ThreadsToLoops` makes loops of the
+threads. One of those, that chooses the experts, writes before its own array: :func:`init_top_k` is
+in the place of what does.
 """
 
 from __future__ import annotations
@@ -16,17 +17,6 @@ import tvm
 #: Left alone by dlight, whose products of a matrix and a vector on a CPU take LLVM minutes each.
 SCHEDULED = "tirx.is_scheduled"
 _OPAQUE = 8  # TVM's OpPatternKind: not to be fused with others
-
-
-def on_cpu(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """``ours`` while a model is made for a CPU, else ``theirs``."""
-
-    def choose(*args: Any, **kwargs: Any) -> Any:
-        target = tvm.target.Target.current(allow_none=True)
-        cpu = target is not None and target.kind.name == "llvm"
-        return (ours if cpu else theirs)(*args, **kwargs)
-
-    return choose
 
 
 def init_top_k(k: int, dtype: str, scores: Any, indices: Any) -> None:
@@ -127,7 +117,7 @@ def _grouped(
 
 @tvm.transform.module_pass(opt_level=0, name="ThreadsToLoops")
 class ThreadsToLoops:
-    """Make a loop of every loop over GPU threads, in functions for a CPU.
+    """Make a loop of every loop over GPU threads, where the current target is a CPU.
 
     Before::
 
@@ -146,9 +136,11 @@ class ThreadsToLoops:
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         from tvm import tirx
 
+        if tvm.target.Target.current().kind.name != "llvm":
+            return mod
         updated = {}
         for gvar, func in mod.functions_items():
-            if isinstance(func, tirx.PrimFunc) and _for_cpu(func):
+            if isinstance(func, tirx.PrimFunc):
                 body = _serial(func.body)
                 if not body.same_as(func.body):
                     updated[gvar] = func.with_body(body).with_attr(SCHEDULED, True)
@@ -157,11 +149,6 @@ class ThreadsToLoops:
             for gvar, func in updated.items():
                 mod.update_func(gvar, func)
         return mod
-
-
-def _for_cpu(func: Any) -> bool:
-    target = (func.attrs or {}).get("target") or tvm.target.Target.current(allow_none=True)
-    return target is not None and target.kind.name == "llvm"
 
 
 def _serial(body: Any) -> Any:

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from .. import _library
-from . import bridges, experts
+from . import attention, bridges, experts
 from .find import MLCNotFoundError, mlc_llm_folder
 
 #: Passes of mlc_llm's pipeline that were replaced, by name: to be put back by :func:`uninstall`.
@@ -17,7 +17,8 @@ _replaced: dict[str, Any] = {}
 
 
 def install() -> None:
-    """Make mlc_llm compile with our KV cache, linear layers and, on a CPU, experts; once.
+    """Make mlc_llm compile with our KV cache and linear layers; on a CPU also with our experts and
+    attention beside the cache. A second call does nothing.
 
     Raises
     ------
@@ -30,9 +31,9 @@ def install() -> None:
     _library.load()
     bridges.apply()
     try:
+        from mlc_llm import op
         from mlc_llm.compiler_pass import pipeline
         from mlc_llm.interface import jit
-        from mlc_llm.op import moe_matmul, moe_misc
     except ImportError as error:
         raise MLCNotFoundError(
             f"mlc_llm can't be imported: {error}; install what its requirements.txt names"
@@ -41,10 +42,11 @@ def install() -> None:
     _replace(pipeline, "DispatchKVCacheCreation", _dispatch_kv_cache)
     _replace(pipeline, "FuseTransposeMatmul", _after_ours(pipeline.FuseTransposeMatmul))
     _replace(jit, "subprocess", _OurSubprocess())
-    _replace(moe_misc, "_gating_topk_init_local_top_k", experts.init_top_k)
+    _replace(op, "attention", _on_cpu(attention.attention, op.attention))
+    _replace(op.moe_misc, "_gating_topk_init_local_top_k", experts.init_top_k)
     for ours in (experts.group_gemm, experts.dequantize_group_gemm):
-        name = ours.__name__
-        _replace(moe_matmul, name, experts.on_cpu(ours, getattr(moe_matmul, name)))
+        theirs = getattr(op.moe_matmul, ours.__name__)
+        _replace(op.moe_matmul, ours.__name__, _on_cpu(ours, theirs))
 
 
 def uninstall() -> None:
@@ -60,8 +62,26 @@ def _replace(module: ModuleType, name: str, value: Any) -> None:
     setattr(module, name, value)
 
 
+def _on_cpu(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """``ours`` while a model is made for a CPU, else ``theirs``."""
+
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        import tvm
+
+        target = tvm.target.Target.current(allow_none=True)
+        cpu = target is not None and target.kind.name == "llvm"
+        return (ours if cpu else theirs)(*args, **kwargs)
+
+    return choose
+
+
 def _dispatch_kv_cache(target: Any, flashinfer: bool, metadata: dict[str, Any]) -> Any:
-    """In place of mlc_llm's pass: ours makes the cache whether FlashInfer was asked for or not."""
+    """In place of mlc_llm's pass: ours makes the cache whether FlashInfer was asked for or not.
+
+    What attends beside the cache is looked for here too, before operators are lowered.
+    """
+    import tvm
+
     from relax_passes.dispatch_kv_cache import DispatchKVCache
 
     if target.kind.name == "cuda":
@@ -69,7 +89,10 @@ def _dispatch_kv_cache(target: Any, flashinfer: bool, metadata: dict[str, Any]) 
 
         # Without a driver TVM would put CUDA source into the library, and no device code.
         load_cuda_runtime(allow_stub=True)
-    return DispatchKVCache(target, metadata)
+    passes: list[Any] = [DispatchKVCache(target, metadata)]
+    if target.kind.name == "llvm":
+        passes.append(attention.AttentionBesideCache(target))
+    return tvm.transform.Sequential(passes)
 
 
 def _after_ours(fuse_transpose_matmul: Callable[[], Any]) -> Callable[[], Any]:
