@@ -23,12 +23,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ._layout_checks import (
+    MAX_POSITION,
+    block_sizes,
+    check_cover,
+    check_range,
+    covered,
+    indptr_of,
+    pages_of,
+    vector,
+)
+
 __all__ = ["BlockSparseLayout", "LayoutLevel", "PrefixLevel"]
 
 Int32Array = NDArray[np.int32]
-
-#: Lengths and positions stay below this, so that sums of two fit an int32.
-MAX_POSITION = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +164,7 @@ class BlockSparseLayout:
         ``q`` is ``[tokens, heads, dim]``; ``k`` and ``v`` are ``[keys, heads, dim]``, of which
         request ``r`` has ``[kv_indptr[r], kv_indptr[r + 1])``: a pool of one-token pages.
         """
-        kv_indptr = _indptr("kv_indptr", kv_indptr)
+        kv_indptr = indptr_of("kv_indptr", kv_indptr)
         lengths = np.diff(kv_indptr)
         return cls.paged(qo_indptr, kv_indptr, np.arange(kv_indptr[-1]), np.minimum(lengths, 1), 1)
 
@@ -184,7 +192,7 @@ class BlockSparseLayout:
         page_size : int
             Tokens of a page.
         """
-        qo_indptr = _indptr("qo_indptr", qo_indptr)
+        qo_indptr = indptr_of("qo_indptr", qo_indptr)
         requests = len(qo_indptr) - 1
         rows = PrefixLevel(np.arange(requests + 1), kv_indptr, kv_indices, last_block_len)
         return cls._compose(qo_indptr, [rows], page_size, lambda level, name: name)
@@ -213,7 +221,7 @@ class BlockSparseLayout:
                 page_size=16,
             )
         """
-        qo_indptr = _indptr("qo_indptr", qo_indptr)
+        qo_indptr = indptr_of("qo_indptr", qo_indptr)
         if not levels:
             raise ValueError("levels is empty, expected at least the requests' own keys")
         return cls._compose(
@@ -248,8 +256,8 @@ class BlockSparseLayout:
                 "matrix (row blocks, column blocks)"
             )
         rows, cols = mask.shape
-        num_queries = _covered("num_queries", num_queries, rows, "block_rows", block_rows)
-        num_keys = _covered("num_keys", num_keys, cols, "block_cols", block_cols)
+        num_queries = covered("num_queries", num_queries, rows, "block_rows", block_rows)
+        num_keys = covered("num_keys", num_keys, cols, "block_cols", block_cols)
         kv_indptr = np.concatenate([[0], np.cumsum(mask.sum(axis=1))])
         last = np.zeros(rows, np.int64)
         for row in range(rows):
@@ -291,14 +299,14 @@ class BlockSparseLayout:
             A node's parent, counted from its request's first node and before the node; -1 for a
             root, of which there may be several.
         """
-        qo_indptr = _indptr("qo_indptr", qo_indptr)
-        kv_indptr = _indptr("kv_indptr", kv_indptr)
+        qo_indptr = indptr_of("qo_indptr", qo_indptr)
+        kv_indptr = indptr_of("kv_indptr", kv_indptr)
         requests, nodes = len(qo_indptr) - 1, int(qo_indptr[-1])
         if len(kv_indptr) != requests + 1:
             raise ValueError(f"kv_indptr has {len(kv_indptr)} entries, expected {requests + 1}")
-        kv_indices = _vector("kv_indices", kv_indices, int(kv_indptr[-1]))
-        _check_range("kv_indices", kv_indices, 0, np.iinfo(np.int32).max)
-        parents = _vector("parents", parents, nodes)
+        kv_indices = vector("kv_indices", kv_indices, int(kv_indptr[-1]))
+        check_range("kv_indices", kv_indices, 0, np.iinfo(np.int32).max)
+        parents = vector("parents", parents, nodes)
         counts, lengths = np.diff(qo_indptr), np.diff(kv_indptr)
         short = np.flatnonzero(lengths < counts)
         if len(short):
@@ -372,8 +380,8 @@ class BlockSparseLayout:
             )
         masks = mask if mask.ndim == 3 else mask[None]
         heads, row_blocks, col_blocks = masks.shape
-        rows = _block_sizes("row_sizes", row_sizes, mask.ndim == 3, (heads, row_blocks))
-        cols = _block_sizes("col_sizes", col_sizes, mask.ndim == 3, (heads, col_blocks))
+        rows = block_sizes("row_sizes", row_sizes, mask.ndim == 3, (heads, row_blocks))
+        cols = block_sizes("col_sizes", col_sizes, mask.ndim == 3, (heads, col_blocks))
         queries, keys = (int(sizes.sum(1)[0]) if heads else 0 for sizes in (rows, cols))
         first = np.arange(heads)[:, None] * keys + np.cumsum(cols, 1) - cols
         seen = [
@@ -408,8 +416,8 @@ class BlockSparseLayout:
 
         ``q_position`` is int ``[num_tokens]``. A causal query sees the keys up to its position.
         """
-        position = _vector("q_position", q_position, self.num_tokens)
-        _check_range("q_position", position, -MAX_POSITION, MAX_POSITION)
+        position = vector("q_position", q_position, self.num_tokens)
+        check_range("q_position", position, -MAX_POSITION, MAX_POSITION)
         return replace(self, q_position=_int32(position))
 
     def top_left(self) -> BlockSparseLayout:
@@ -470,14 +478,14 @@ class BlockSparseLayout:
             def name(field: str, index: int = index) -> str:
                 return label(index, field)
 
-            rows = _indptr(name("request_indptr"), level.request_indptr)
-            _check_cover(name("request_indptr"), rows, requests)
+            rows = indptr_of(name("request_indptr"), level.request_indptr)
+            check_cover(name("request_indptr"), rows, requests)
             if index == len(levels) - 1 and not np.array_equal(rows, np.arange(requests + 1)):
                 raise ValueError(
                     f"{name('request_indptr')} has {len(rows) - 1} rows for {requests} requests, "
                     "expected one request in each row of the last level"
                 )
-            kv_indptr, kv_indices, last = _pages(level, len(rows) - 1, page_size, name)
+            kv_indptr, kv_indices, last = pages_of(level, len(rows) - 1, page_size, name)
             row_of = np.repeat(np.arange(len(rows) - 1), np.diff(rows))
             first = rows[:-1][row_of]  # first request of each request's row
             uneven = np.flatnonzero((length != length[first]) & (np.diff(kv_indptr) > 0)[row_of])
@@ -517,104 +525,3 @@ def _row_lengths(
 ) -> NDArray[np.int64]:
     pages = np.diff(kv_indptr).astype(np.int64)
     return np.where(pages > 0, (pages - 1) * page_size + last, 0)
-
-
-def _vector(name: str, values: ArrayLike, length: int | None = None) -> NDArray[np.int64]:
-    array = np.asarray(values)
-    if array.size == 0:
-        array = array.astype(np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(
-            f"{name} has shape {list(array.shape)} and dtype {array.dtype}, expected a vector of "
-            "integers"
-        )
-    if length is not None and len(array) != length:
-        raise ValueError(f"{name} has {len(array)} entries, expected {length}")
-    return array.astype(np.int64)
-
-
-def _check_range(name: str, values: NDArray[np.int64], low: int, high: int) -> None:
-    wrong = np.flatnonzero((values < low) | (values > high))
-    if len(wrong):
-        raise ValueError(
-            f"{name}[{wrong[0]}] is {values[wrong[0]]}, expected a value in [{low}, {high}]"
-        )
-
-
-def _indptr(name: str, values: ArrayLike) -> NDArray[np.int64]:
-    indptr = _vector(name, values)
-    if len(indptr) == 0:
-        raise ValueError(f"{name} is empty, expected one entry more than rows")
-    if indptr[0] != 0:
-        raise ValueError(f"{name}[0] is {indptr[0]}, expected 0")
-    drops = np.flatnonzero(np.diff(indptr) < 0)
-    if len(drops):
-        at = drops[0] + 1
-        raise ValueError(
-            f"{name}[{at}] is {indptr[at]}, less than {name}[{at - 1}] = {indptr[at - 1]}"
-        )
-    _check_range(name, indptr, 0, np.iinfo(np.int32).max)
-    return indptr
-
-
-def _check_cover(name: str, indptr: NDArray[np.int64], count: int) -> None:
-    if indptr[-1] != count:
-        raise ValueError(f"{name} ends with {indptr[-1]}, expected {count}, the number of requests")
-
-
-def _pages(
-    level: PrefixLevel, rows: int, page_size: int, name: Callable[[str], str]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    kv_indptr = _indptr(name("kv_indptr"), level.kv_indptr)
-    if len(kv_indptr) != rows + 1:
-        raise ValueError(f"{name('kv_indptr')} has {len(kv_indptr)} entries, expected {rows + 1}")
-    kv_indices = _vector(name("kv_indices"), level.kv_indices, int(kv_indptr[-1]))
-    _check_range(name("kv_indices"), kv_indices, 0, np.iinfo(np.int32).max)
-    last = _vector(name("last_block_len"), level.last_block_len, rows)
-    pages = np.diff(kv_indptr)
-    wrong = np.flatnonzero(np.where(pages > 0, (last < 1) | (last > page_size), last != 0))
-    if len(wrong):
-        row = wrong[0]
-        accepted = f"a value in [1, {page_size}], the page size" if pages[row] else "0: no pages"
-        raise ValueError(f"{name('last_block_len')}[{row}] is {last[row]}, expected {accepted}")
-    return kv_indptr, kv_indices, last
-
-
-def _block_sizes(
-    name: str, values: ArrayLike, by_head: bool, shape: tuple[int, int]
-) -> NDArray[np.int64]:
-    """Sizes of blocks by head, [heads, blocks]; each head's sum is the same."""
-    sizes = np.asarray(values)
-    accepted = [shape[1:], shape] if by_head else [shape[1:]]
-    if sizes.shape not in accepted or (sizes.size and sizes.dtype.kind not in "iu"):
-        raise ValueError(
-            f"{name} has shape {list(sizes.shape)} and dtype {sizes.dtype}, expected integers of "
-            f"shape {' or '.join(str(list(s)) for s in accepted)}"
-        )
-    wrong = np.argwhere((sizes < 0) | (sizes > MAX_POSITION))
-    if len(wrong):
-        at = ", ".join(map(str, wrong[0]))
-        raise ValueError(f"{name}[{at}] is {sizes[tuple(wrong[0])]}, expected a value in [0, 2^30]")
-    sizes = np.broadcast_to(sizes, shape).astype(np.int64)
-    uneven = np.flatnonzero(sizes.sum(1) != sizes.sum(1)[:1])
-    if len(uneven):
-        head = uneven[0]
-        raise ValueError(
-            f"{name}[{head}] sums to {sizes[head].sum()}, {name}[0] to {sizes[0].sum()}: every "
-            "head has as many"
-        )
-    total = int(sizes.sum())
-    if total > MAX_POSITION:
-        raise ValueError(f"{name} sums to {total}, at most 2^30 are accepted")
-    return sizes
-
-
-def _covered(name: str, count: int | None, blocks: int, block_name: str, block: int) -> int:
-    """``count``, by default all of the blocks; it must end in the last of them."""
-    if not 1 <= block <= MAX_POSITION:
-        raise ValueError(f"{block_name} is {block}, expected a value in [1, 2^30]")
-    if count is None:
-        count = blocks * block
-    if not (blocks - 1) * block < count <= blocks * block and not count == blocks == 0:
-        raise ValueError(f"{name} is {count}, but mask has {blocks} blocks of {block}")
-    return count
