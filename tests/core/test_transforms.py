@@ -15,6 +15,7 @@ import oracle
 import pytest
 import torch
 from batches import TOLERANCE, PagedBatch
+from variant_definitions import EVERYTHING
 
 from tvm_flashinfer import variants
 from tvm_flashinfer.attention import BatchAttention
@@ -95,17 +96,6 @@ def batch_of(
 
 
 # --- every kind of transform at once ----------------------------------------------------------
-
-#: Element-wise and vector-wise functions of everything that a position says.
-EVERYTHING = Variant(
-    "everything",
-    params={"a": Tensor(ndim=2), "b": Tensor(ndim=1), "c": Tensor("float16", ndim=1)},
-    query=lambda at, x, p: x[at.dim] * p.a[at.q_head, at.dim] + x[0] * p.c[at.batch],
-    key=lambda at, x, p: x[at.dim] + x[at.dim + 1] * p.b[at.kv_idx] + p.a[at.kv_head, at.dim],
-    value=lambda at, x, p: x[at.dim] * p.b[at.kv_idx] - x[3],
-    output=lambda at, x, p: x[at.dim ^ 1] * p.a[at.q_head, at.dim] + p.b[at.row],
-    mask=variants.causal.mask,
-)
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (40, 72)])

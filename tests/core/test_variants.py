@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
-from batches import TOLERANCE, PagedBatch
-from variant_definitions import DEFINITIONS, Definition, Grid, Params, Sizes, attend
+from batches import PagedBatch
+from variant_checks import check_definition
+from variant_definitions import DEFINITIONS, Definition, Grid, Params
 
 from tvm_flashinfer import variant as v
 from tvm_flashinfer import variants
@@ -58,39 +58,21 @@ def _check(
     num_workers: int = 0,
 ) -> None:
     page_size, kv_heads, group, dim = shape
-    heads = kv_heads * group
-    batch = PagedBatch(PAIRS, page_size, (heads, kv_heads), (dim, dim), dtype, seed=dim)
-    sizes = Sizes(len(PAIRS), len(batch.q), heads, max(keys for _, keys in PAIRS), dim)
-    if params is None:
-        params = definition.params(np.random.default_rng(11), sizes)
-    step = BatchAttention(
-        heads,
-        kv_heads,
-        dim,
-        dtype=dtype,
-        variant=variant,
-        max_requests=len(PAIRS),
-        max_q_tokens=len(batch.q),
-        max_kv_pages=batch.layout.num_pages,
-        num_workers=num_workers,
-    )
-    # Tensors have no rows for queries before the first key: those stand on it.
-    grids = []
-    for request, (queries, keys) in enumerate(PAIRS):
-        first = sum(n for n, _ in PAIRS[:request])
-        grids.append(Grid(request, first, queries, keys, heads))
-    step.plan(batch.layout.at_positions(np.concatenate([g.q[0, :, 0] for g in grids])))
-    want = [
-        attend(definition, g, batch.q[g.rows], batch.k[r], batch.v[r], params)
-        for r, g in enumerate(grids)
-    ]
-    actual = step.run(*batch.tensors(), params=params, return_lse=definition.softmax)
-    o, lse = actual if definition.softmax else (actual, None)
-    oracle.assert_close(o.float().numpy(), np.concatenate([w[0] for w in want]), TOLERANCE[dtype])
-    if lse is not None:
-        want_lse = np.concatenate([w[1] for w in want])
-        oracle.assert_close(lse.numpy(), want_lse, 1e-5, "lse")
-        assert not np.any(o.float().numpy()[np.isneginf(want_lse)])
+    batch = PagedBatch(PAIRS, page_size, (kv_heads * group, kv_heads), (dim, dim), dtype, seed=dim)
+
+    def make(batch: PagedBatch) -> BatchAttention:
+        return BatchAttention(
+            *batch.heads,
+            dim,
+            dtype=dtype,
+            variant=variant,
+            max_requests=len(PAIRS),
+            max_q_tokens=len(batch.q),
+            max_kv_pages=batch.layout.num_pages,
+            num_workers=num_workers,
+        )
+
+    check_definition(make, batch, definition, params)
 
 
 @pytest.mark.parametrize("name", sorted(QUICK))

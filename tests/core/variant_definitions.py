@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from tvm_flashinfer import variants
+from tvm_flashinfer.variant import Tensor, Variant
+
 Params = dict[str, Any]
 
 
@@ -176,3 +179,15 @@ def attend(
     with np.errstate(divide="ignore"):
         lse = np.log(total) + base[..., 0]
     return definition.output(g, np.einsum("hqk,khd->qhd", weights, v), params), lse.T
+
+
+#: Element-wise and vector-wise functions of everything that a position says.
+EVERYTHING = Variant(
+    "everything",
+    params={"a": Tensor(ndim=2), "b": Tensor(ndim=1), "c": Tensor("float16", ndim=1)},
+    query=lambda at, x, p: x[at.dim] * p.a[at.q_head, at.dim] + x[0] * p.c[at.batch],
+    key=lambda at, x, p: x[at.dim] + x[at.dim + 1] * p.b[at.kv_idx] + p.a[at.kv_head, at.dim],
+    value=lambda at, x, p: x[at.dim] * p.b[at.kv_idx] - x[3],
+    output=lambda at, x, p: x[at.dim ^ 1] * p.a[at.q_head, at.dim] + p.b[at.row],
+    mask=variants.causal.mask,
+)

@@ -18,14 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "core"))
 
 from batches import TOLERANCE, PagedBatch
 from tables import emulated_table
-from variant_definitions import DEFINITIONS, Definition, Grid, Params, Sizes, attend
+from variant_checks import check_definition
+from variant_definitions import DEFINITIONS, EVERYTHING, Definition, Params
 
 from tvm_flashinfer import attention as attention_module
 from tvm_flashinfer import variants
 from tvm_flashinfer.attention import BatchAttention
 from tvm_flashinfer.jit import AttentionSpec
 from tvm_flashinfer.rope import RopeConfig
-from tvm_flashinfer.variant import Tensor, Variant
+from tvm_flashinfer.variant import Variant
 
 #: A prefill of two tiles, a long decode that is split, one key, nothing to see.
 PAIRS = [(9, 40), (1, 300), (1, 1), (3, 0)]
@@ -73,35 +74,14 @@ def made(batch: PagedBatch, variant: Variant | None, **options: Any) -> BatchAtt
 def check(
     variant: Variant,
     definition: Definition,
-    params: Params | None = None,
     *,
     heads: tuple[int, int] = (6, 2),
     dim: int = 32,
     dtype: str = "float16",
     page_size: int = 5,
 ) -> None:
-    """As tests/core/test_variants.py."""
     batch = PagedBatch(PAIRS, page_size, heads, (dim, dim), dtype, seed=dim)
-    sizes = Sizes(len(PAIRS), len(batch.q), heads[0], max(keys for _, keys in PAIRS), dim)
-    if params is None:
-        params = definition.params(np.random.default_rng(11), sizes)
-    step = made(batch, variant)
-    grids = []
-    for request, (queries, keys) in enumerate(PAIRS):
-        first = sum(n for n, _ in PAIRS[:request])
-        grids.append(Grid(request, first, queries, keys, heads[0]))
-    step.plan(batch.layout.at_positions(np.concatenate([g.q[0, :, 0] for g in grids])))
-    want = [
-        attend(definition, g, batch.q[g.rows], batch.k[r], batch.v[r], params)
-        for r, g in enumerate(grids)
-    ]
-    actual = step.run(*batch.tensors(), params=params, return_lse=definition.softmax)
-    o, lse = actual if definition.softmax else (actual, None)
-    oracle.assert_close(o.float().numpy(), np.concatenate([w[0] for w in want]), TOLERANCE[dtype])
-    if lse is not None:
-        want_lse = np.concatenate([w[1] for w in want])
-        oracle.assert_close(lse.numpy(), want_lse, 1e-4, "lse")
-        assert not np.any(o.float().numpy()[np.isneginf(want_lse)])
+    check_definition(lambda b: made(b, variant), batch, definition, lse_tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", sorted(QUICK))
@@ -126,17 +106,6 @@ def test_every_variant_and_tile(emulated: Emulated, name: str, tile: int) -> Non
 
 
 # --- transforms ---------------------------------------------------------------------------------
-
-#: Element-wise and vector-wise functions of everything that a position says.
-EVERYTHING = Variant(
-    "everything",
-    params={"a": Tensor(ndim=2), "b": Tensor(ndim=1), "c": Tensor("float16", ndim=1)},
-    query=lambda at, x, p: x[at.dim] * p.a[at.q_head, at.dim] + x[0] * p.c[at.batch],
-    key=lambda at, x, p: x[at.dim] + x[at.dim + 1] * p.b[at.kv_idx] + p.a[at.kv_head, at.dim],
-    value=lambda at, x, p: x[at.dim] * p.b[at.kv_idx] - x[3],
-    output=lambda at, x, p: x[at.dim ^ 1] * p.a[at.q_head, at.dim] + p.b[at.row],
-    mask=variants.causal.mask,
-)
 
 
 def positions(queries: int, keys: int) -> np.ndarray:
