@@ -196,7 +196,8 @@ class KVCache:
         if turned is not None:
             handle = _function("tvm_flashinfer.kv_cache_with_rotating_kernel")(handle, *turned)
         if variant is not None:
-            handle = _function("tvm_flashinfer.kv_cache_with_variant")(handle, values)
+            give = _function("tvm_flashinfer.kv_cache_with_variant")
+            handle = give(handle, values, variant.ignores_positions)
         return cls(handle)
 
     @classmethod
@@ -385,7 +386,9 @@ class KVCache:
 
         ``mask`` takes the place of causality among the step's tokens: bool, int8 or uint8
         ``[sum of lengths ** 2]``, of each sequence a matrix whose row says which of its new tokens
-        a new token sees. The tokens before the step are seen by all.
+        a new token sees. The tokens before the step are seen by all. A layer's window holds
+        besides, and of a token tree a node sees those of its ancestors that the mask shows. With a
+        variant it is accepted if :attr:`Variant.ignores_positions`.
         """
         if sm_scale is None:
             sm_scale = qkv.shape[-1] ** -0.5

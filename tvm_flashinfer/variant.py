@@ -305,6 +305,11 @@ class Variant:
         return self.traced.uses("q_idx", "kv_idx")
 
     @cached_property
+    def ignores_positions(self) -> bool:
+        """Whether all that depends on where tokens stand is that later keys are hidden."""
+        return self.causal and self.traced.is_causal_only()
+
+    @cached_property
     def cpp(self) -> str:
         """The C++ struct ``Variant`` that kernels are instantiated with."""
         from .codegen import generate
@@ -383,16 +388,34 @@ class TracedVariant:
 
     def uses(self, *names: str) -> bool:
         """Whether an expression has one of these positions in it."""
+        return self._uses(self.expressions, names)
+
+    def _uses(self, expressions: Mapping[str, Expr], names: tuple[str, ...]) -> bool:
         wanted = [self.positions[name] for name in names]
         return any(
             part.same_as(var)
-            for expr in self.expressions.values()
+            for expr in expressions.values()
             for part in subexpressions(expr)
             for var in wanted
         )
 
     def hides_later_keys(self) -> bool:
         """Prove that the mask is false at every key after the query."""
+        from tvm import tirx
+
+        return self._mask_is(tirx.Not, 1)
+
+    def is_causal_only(self) -> bool:
+        """Prove that the mask shows every key up to the query, and nothing else knows positions.
+
+        Places in the pool are positions too.
+        """
+        names = ("q_idx", "kv_idx", "row")
+        others = {what: expr for what, expr in self.expressions.items() if what != "mask"}
+        return not self._uses(others, names) and self._mask_is(lambda mask: mask, 1 - (1 << 30))
+
+    def _mask_is(self, what: Callable[[Expr], Expr], first: int) -> bool:
+        """Prove ``what(mask)`` of the keys 2^30 - 1 of which follow ``q_idx + first``."""
         if self.variant.mask is None:
             return False
         from tvm import ir, tirx
@@ -400,12 +423,12 @@ class TracedVariant:
         from ._tvm import sym
 
         gap = tirx.Var("gap", "int32")
-        later = replace(self.at, kv_idx=self.at.q_idx + gap)
-        mask = self._call("mask", self.variant.mask, (later, self.params))
+        at = replace(self.at, kv_idx=self.at.q_idx + gap)
+        mask = self._call("mask", self.variant.mask, (at, self.params))
         analyzer = sym.Analyzer()
-        analyzer.bind(gap, ir.Range.from_min_extent(1, 1 << 30))
+        analyzer.bind(gap, ir.Range.from_min_extent(first, 1 << 30))
         analyzer.bind(self.at.q_idx, ir.Range.from_min_extent(0, 1 << 30))
-        return bool(analyzer.can_prove(tirx.Not(mask)))
+        return bool(analyzer.can_prove(what(mask)))
 
 
 def params_of(

@@ -73,11 +73,13 @@ class KVCacheObj : public AttentionKVCacheInterface {
   /*!
    * \brief Parameters of the kernel's variant, the same in every layer; they are kept.
    * \param values One per parameter that the variant declares, a number or a tensor.
+   * \param ignores_positions Nothing in the variant depends on where a query or a key stands, but
+   * that later keys are hidden.
    *
    * Tensors must cover every position and head that this cache may hold. Layers with a window take
    * the same values after the window's.
    */
-  void UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values);
+  void UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values, bool ignores_positions = false);
 
   /*!
    * \brief Give some layers a kernel, a window and a rotation of their own.
@@ -127,7 +129,8 @@ class KVCacheObj : public AttentionKVCacheInterface {
    * \brief Append, then attend.
    * \param mask bool, int8 or uint8 [sum of new^2]: of each sequence of the step a matrix (new
    * token, new token), whose entry says whether the row sees the column. It takes the place of
-   * causality; the tokens before the step are seen by all.
+   * causality; the tokens before the step are seen by all. A layer's window holds besides, and of a
+   * token tree a node sees those of its ancestors that the mask shows.
    */
   void AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, tvm::ffi::Optional<Tensor> mask,
                              Tensor o_data, double sm_scale) final;
@@ -241,8 +244,8 @@ class KVCacheObj : public AttentionKVCacheInterface {
   struct LayerGroup {
     KernelHandle kernel;
     std::unique_ptr<StepRunner> runner;
-    BoundVariantArgs variant;   //!< if the cache was given its variant's parameters
-    bool same_variant = false;  //!< less the window
+    BoundVariantArgs variant;    //!< if the cache was given its variant's parameters
+    bool windowed_only = false;  //!< the variant is the cache's, but for the window
   };
 
   /*! Where a sequence's tokens from `begin` on go. */
@@ -285,7 +288,9 @@ class KVCacheObj : public AttentionKVCacheInterface {
   void PlanMask(int32_t layer, const Tensor& mask);
   void AttendMasked(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o);
   void Attend(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o);
-  void AttendTwins(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o);
+  /*! \brief Attention of every query in two rotations, whose states are merged. */
+  void AttendTwins(int32_t layer, const StepLayout& layout, StepRunner* runner, double sm_scale,
+                   TokenHeads q, TokenHeads o);
   AttentionParams Operands(int32_t layer, const StepLayout& layout, double sm_scale, TokenHeads q,
                            TokenHeads o) const;
   /*! \brief The layer's group, or null: the layer has what the cache has. */
@@ -374,11 +379,12 @@ class KVCacheObj : public AttentionKVCacheInterface {
   StepLayout layout_, past_layout_, own_layout_, masked_layout_;
   bool past_planned_ = false, own_planned_ = false, mask_planned_ = false;
   std::vector<uint8_t> mask_;  //!< that masked_layout_ was built of
+  int32_t mask_window_ = 0;    //!< the same
   std::unique_ptr<StepRunner> runner_;
   std::vector<LayerGroup> groups_;
   std::vector<int32_t> group_of_;  //!< [layer] index of its group, or -1; empty: there are none
   BoundVariantArgs variant_, call_variant_;
-  bool has_variant_ = false;
+  bool has_variant_ = false, variant_ignores_positions_ = false;
   //! Of attention in parts, and under a mask; made when they are asked for.
   std::unique_ptr<StepRunner> past_, own_, masked_;
   Tensor twin_o_, twin_lse_;  //!< of steps that attend every query twice

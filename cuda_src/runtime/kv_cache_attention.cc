@@ -231,32 +231,36 @@ AttentionParams KVCacheObj::Operands(int32_t layer, const StepLayout& layout, do
 }
 
 void KVCacheObj::Attend(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o) {
-  if (layout_.splits()) return AttendTwins(layer, sm_scale, q, o);
-  AttentionParams params = Operands(layer, layout_, sm_scale, q, o);
   StepRunner* runner = RunnerOf(layer);
+  if (layout_.splits()) return AttendTwins(layer, layout_, runner, sm_scale, q, o);
+  AttentionParams params = Operands(layer, layout_, sm_scale, q, o);
   params.variant_params = runner->variant_args();
   runner->Attend(&params);
 }
 
 void KVCacheObj::AttendMasked(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o) {
+  if (masked_layout_.splits()) {
+    return AttendTwins(layer, masked_layout_, masked_.get(), sm_scale, q, o);
+  }
   AttentionParams params = Operands(layer, masked_layout_, sm_scale, q, o);
   params.variant_params = masked_->variant_args();
   masked_->Attend(&params);
 }
 
-void KVCacheObj::AttendTwins(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o) {
-  const int64_t tokens = layout_.num_tokens(), heads = config_.num_qo_heads;
+void KVCacheObj::AttendTwins(int32_t layer, const StepLayout& layout, StepRunner* runner,
+                             double sm_scale, TokenHeads q, TokenHeads o) {
+  const int64_t tokens = layout.num_tokens(), heads = config_.num_qo_heads;
   const int64_t dim = config_.head_dim_vo;
   AttentionParams params =
-      Operands(layer, layout_, sm_scale, q, {DataOf(*twin_o_.operator->()), heads * dim, dim});
+      Operands(layer, layout, sm_scale, q, {DataOf(*twin_o_.operator->()), heads * dim, dim});
   params.lse = static_cast<float*>(DataOf(*twin_lse_.operator->()));
-  params.variant_params = runner_->variant_args();
-  runner_->Attend(&params);
+  params.variant_params = runner->variant_args();
+  runner->Attend(&params);
   const char* states = static_cast<const char*>(DataOf(*twin_o_.operator->()));
   float* lse = params.lse;
-  runner_->Merge({states, states + tokens * heads * dim * twin_o_->dtype.bits / 8, lse,
-                  lse + tokens * heads, o, lse, static_cast<int32_t>(tokens),
-                  static_cast<int32_t>(heads), static_cast<int32_t>(dim)});
+  runner->Merge({states, states + tokens * heads * dim * twin_o_->dtype.bits / 8, lse,
+                 lse + tokens * heads, o, lse, static_cast<int32_t>(tokens),
+                 static_cast<int32_t>(heads), static_cast<int32_t>(dim)});
 }
 
 }  // namespace tvm_flashinfer

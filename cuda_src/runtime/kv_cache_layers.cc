@@ -56,7 +56,7 @@ void KVCacheObj::UseSlidingLayers(const Shape& layers, int32_t window, KernelHan
       << "whose first parameter is the tokens that a query sees before itself, and whose others "
       << "are those of the cache's own";
   UseLayers(layers, std::move(kernel), window, rope_config_);
-  groups_.back().same_variant = true;
+  groups_.back().windowed_only = true;
 }
 
 const KVCacheObj::LayerGroup* KVCacheObj::GroupOf(int32_t layer) const {
@@ -93,7 +93,7 @@ VisitedRange KVCacheObj::EveryElement() const {
   return range;
 }
 
-void KVCacheObj::UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values) {
+void KVCacheObj::UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values, bool ignores_positions) {
   TVM_FLASHINFER_CHECK(kernel_->causal != 0, ValueError)
       << "argument `kernel` has a variant that isn't proven to hide the keys after a query: a step "
       << "of a cache sees none";
@@ -114,7 +114,7 @@ void KVCacheObj::UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values) {
   range.stores = true;
   if (kernel_->stores != 0) bound.Get(*kernel_, range, -1);
   for (LayerGroup& group : groups_) {
-    if (!group.same_variant) continue;
+    if (!group.windowed_only) continue;
     tvm::ffi::Array<tvm::ffi::Any> all{static_cast<int64_t>(group.runner->window() - 1)};
     for (const tvm::ffi::Any& value : own) all.push_back(value);
     group.variant.Bind(*group.kernel, all, device_);
@@ -123,6 +123,7 @@ void KVCacheObj::UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values) {
   runner_->UseVariant(args);
   variant_ = bound;
   has_variant_ = true;
+  variant_ignores_positions_ = ignores_positions && !rope_table_.defined();
 }
 
 void KVCacheObj::BindVariant(int32_t layer, PackedArgs values) {

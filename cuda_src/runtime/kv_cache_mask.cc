@@ -2,7 +2,7 @@
 //
 // The mask argument of attention with fused QKV: which of a step's tokens see which, in place of
 // causality. Like a token tree it is a layout by token: every query is a row of the tokens that it
-// sees.
+// sees. So whatever else hides tokens, a window or a token tree, is part of the same layout.
 #include <cstring>
 #include <utility>
 
@@ -13,18 +13,14 @@
 namespace tvm_flashinfer {
 
 void KVCacheObj::PlanMask(int32_t layer, const Tensor& mask) {
-  TVM_FLASHINFER_CHECK(!has_variant_, ValueError)
-      << "argument `mask`: this cache has a variant, which brings its own mask";
-  TVM_FLASHINFER_CHECK(GroupOf(layer) == nullptr, ValueError)
-      << "argument `mask`: layer " << layer + config_.layer_begin << " has a window, which a mask "
-      << "takes the place of";
-  TVM_FLASHINFER_CHECK(!layout_.splits(), ValueError)
-      << "argument `mask` in a step over rotated keys behind a slid window: the query would need "
-      << "two rotations";
-  for (const AppendRequest& r : requests_) {
-    TVM_FLASHINFER_CHECK(r.tree == nullptr, ValueError)
-        << "argument `mask` in a step with token trees: they say already what a token sees";
-  }
+  TVM_FLASHINFER_CHECK(!has_variant_ || variant_ignores_positions_, ValueError)
+      << "argument `mask`: this cache has a variant that knows where tokens stand, or a mask of "
+         "its "
+      << "own, and a mask leaves neither";
+  const LayerGroup* group = GroupOf(layer);
+  TVM_FLASHINFER_CHECK(group == nullptr || group->windowed_only, ValueError)
+      << "argument `mask`: layer " << layer + config_.layer_begin << " has a kernel of its own";
+  const int32_t window = group == nullptr ? 0 : group->runner->window();
   int64_t entries = 0;
   for (const AppendRequest& r : requests_) entries += int64_t{r.count} * r.count;
   const DLDataType type = mask->dtype;
@@ -47,13 +43,18 @@ void KVCacheObj::PlanMask(int32_t layer, const Tensor& mask) {
     }
     std::memcpy(visible.data(), DataOf(*host.operator->()), entries);
   }
-  if (mask_planned_ && visible == mask_) return;  // layers share their mask as a rule
-  if (masked_ == nullptr) masked_ = StepRunner::Make(config_, kernel_, device_, std::nullopt);
+  // Layers share their mask as a rule.
+  if (mask_planned_ && visible == mask_ && window == mask_window_) return;
+  if (masked_ == nullptr) {
+    masked_ = StepRunner::Make(config_, kernel_, device_, std::nullopt);
+    if (has_variant_) masked_->UseVariant(*runner_->variant_args());
+  }
   mask_planned_ = false;
-  masked_layout_.BuildMasked(requests_, page_indptr_, page_ids_, visible);
+  masked_layout_.BuildMasked(requests_, page_indptr_, page_ids_, visible, window, stores_rotated());
   masked_->Plan(&masked_layout_);
   masked_->Begin(masked_layout_);
   mask_ = std::move(visible);
+  mask_window_ = window;
   mask_planned_ = true;
 }
 

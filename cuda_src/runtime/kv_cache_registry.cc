@@ -234,9 +234,13 @@ AttentionKVCache UseTransfer(AttentionKVCache cache, Function transfer) {
   return cache;
 }
 
-/*! \brief Give a fresh cache the parameters of its kernel's variant; returns the cache. */
-AttentionKVCache WithVariant(AttentionKVCache cache, tvm::ffi::Array<tvm::ffi::Any> params) {
-  Ours(cache)->UseVariant(params);
+/*!
+ * \brief Give a fresh cache the parameters of its kernel's variant; returns the cache.
+ * \param ignores_positions See KVCacheObj::UseVariant.
+ */
+AttentionKVCache WithVariant(AttentionKVCache cache, tvm::ffi::Array<tvm::ffi::Any> params,
+                             bool ignores_positions) {
+  Ours(cache)->UseVariant(params, ignores_positions);
   return cache;
 }
 

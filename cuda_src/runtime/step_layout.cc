@@ -80,6 +80,12 @@ void StepLayout::Build(const std::vector<AppendRequest>& requests,
     if (num_levels_ == 2) levels_[0].EndRow(r.count, 0, 0);
     AddSequence(r, length, own, page_indptr[i + 1] - page_indptr[i], &levels_[num_levels_ - 1]);
   }
+  AddTwins(requests, page_indptr, pages, false);
+}
+
+void StepLayout::AddTwins(const std::vector<AppendRequest>& requests,
+                          const std::vector<int32_t>& page_indptr,
+                          const std::vector<int32_t>& pages, bool above) {
   if (!splits_) return;
   for (int twin = 0; twin < 2; ++twin) {
     twin_positions_.insert(twin_positions_.end(), positions_.begin(), positions_.end());
@@ -89,10 +95,15 @@ void StepLayout::Build(const std::vector<AppendRequest>& requests,
     const int32_t sink = SinkOf(*r.sequence);
     qo_indptr_.push_back(qo_indptr_.back() + r.count);
     kv_len_.push_back(sink);
-    if (num_levels_ == 2) levels_[0].EndRow(r.count, 0, 0);
-    Level& level = levels_[num_levels_ - 1];
-    AddTokens(*r.sequence, pages.data() + page_indptr[i], 0, sink, &level.kv_indices);
-    level.EndRow(r.count, sink == 0 ? 0 : 1, 0);
+    const int32_t at = above ? 0 : num_levels_ - 1;
+    for (int32_t l = 0; l < num_levels_; ++l) {
+      if (l != at) {
+        levels_[l].EndRow(r.count, 0, 0);
+        continue;
+      }
+      AddTokens(*r.sequence, pages.data() + page_indptr[i], 0, sink, &levels_[l].kv_indices);
+      levels_[l].EndRow(r.count, sink == 0 ? 0 : 1, 0);
+    }
   }
 }
 
@@ -131,30 +142,61 @@ void StepLayout::BuildOwn(const std::vector<AppendRequest>& requests) {
 
 void StepLayout::BuildMasked(const std::vector<AppendRequest>& requests,
                              const std::vector<int32_t>& page_indptr,
-                             const std::vector<int32_t>& pages,
-                             const std::vector<uint8_t>& visible) {
+                             const std::vector<int32_t>& pages, const std::vector<uint8_t>& visible,
+                             int32_t window, bool rotated) {
   Clear();
   by_token_ = true;
   num_levels_ = 2;
+  for (const AppendRequest& r : requests) {
+    splits_ = splits_ || (rotated && r.sequence->dropped > 0 && r.sequence->hole_begin > 0);
+  }
   const uint8_t* row = visible.data();
   for (size_t i = 0; i < requests.size(); ++i) {
-    const AppendRequest& r = requests[i];
-    const int32_t* own = pages.data() + page_indptr[i];
-    const int32_t length = r.sequence->length, past = length - r.count;
-    qo_indptr_.push_back(qo_indptr_.back() + r.count);
-    kv_len_.push_back(length);
-    AddTokens(*r.sequence, own, 0, past, &levels_[0].kv_indices);
-    levels_[0].EndRow(r.count, past == 0 ? 0 : 1, 0);
-    for (int32_t query = 0; query < r.count; ++query, row += r.count) {
-      // A kernel hides what follows a query: every query is at the end.
-      positions_.push_back(length - 1);
-      slots_.push_back(-1);
-      const size_t before = levels_[1].kv_indices.size();
-      for (int32_t key = 0; key < r.count; ++key) {
-        if (row[key] != 0) levels_[1].kv_indices.push_back(Block(*r.sequence, own, past + key));
-      }
-      levels_[1].EndRow(1, levels_[1].kv_indices.size() == before ? 0 : 1, past);
+    AddMasked(requests[i], pages.data() + page_indptr[i], row, window);
+    row += int64_t{requests[i].count} * requests[i].count;
+  }
+  AddTwins(requests, page_indptr, pages, true);
+}
+
+void StepLayout::AddMasked(const AppendRequest& r, const int32_t* pages, const uint8_t* row,
+                           int32_t window) {
+  const Sequence& sequence = *r.sequence;
+  const TokenTree& tree = sequence.tree;
+  const int32_t length = sequence.length, past = length - r.count;
+  const int32_t prefix = length - tree.size(), begin = SinkOf(sequence);
+  const auto position = [&](int32_t token) {
+    return token < prefix || tree.empty() ? token : prefix + tree.depths[token - prefix];
+  };
+  const auto first_seen = [&](int32_t query) {
+    return window == 0 ? begin : std::max(begin, position(past + query) - window + 1);
+  };
+  // What every query sees is one row of all of them; the rest they list for themselves.
+  const int32_t end = tree.empty() ? past : prefix;
+  int32_t common = begin;
+  for (int32_t query = 0; query < r.count; ++query) common = std::max(common, first_seen(query));
+  common = std::min(common, end);
+  qo_indptr_.push_back(qo_indptr_.back() + r.count);
+  kv_len_.push_back(length);
+  AddTokens(sequence, pages, common, end, &levels_[0].kv_indices);
+  levels_[0].EndRow(r.count, common == end ? 0 : 1, 0);
+  std::vector<int32_t>& blocks = levels_[1].kv_indices;
+  for (int32_t query = 0; query < r.count; ++query, row += r.count) {
+    // A kernel hides what follows a query: every query is at the end.
+    positions_.push_back(length - 1);
+    slots_.push_back(-1);
+    const size_t before = blocks.size();
+    const int32_t first = first_seen(query);
+    AddTokens(sequence, pages, first, common, &blocks);
+    const auto see = [&](int32_t token) {
+      const bool shown = token < past || row[token - past] != 0;
+      if (shown && position(token) >= first) blocks.push_back(Block(sequence, pages, token));
+    };
+    if (tree.empty()) {
+      for (int32_t key = 0; key < r.count; ++key) see(past + key);
+    } else {
+      for (int32_t at = past + query - prefix; at >= 0; at = tree.parents[at]) see(prefix + at);
     }
+    levels_[1].EndRow(1, blocks.size() == before ? 0 : 1, 0);
   }
 }
 

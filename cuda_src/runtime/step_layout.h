@@ -57,13 +57,16 @@ class StepLayout {
 
   /*!
    * \brief Lay out the attention of a step whose tokens see what a mask says, in place of what is
-   * causal, and all tokens before the step.
-   * \param requests Sequences as they are in the step, none with a token tree.
+   * causal, and all tokens before the step; in a token tree, of its ancestors those that the mask
+   * says. Positions are lost: queries stand at the end, and see every key of their rows.
+   * \param requests Sequences as they are in the step.
    * \param visible [sum of count * count] Of each request a matrix (query, key) of its tokens.
+   * \param window Tokens that a query sees, itself included, whatever the mask says; 0: all.
+   * \param rotated Whether the keys in the pool are rotated.
    */
   void BuildMasked(const std::vector<AppendRequest>& requests,
                    const std::vector<int32_t>& page_indptr, const std::vector<int32_t>& pages,
-                   const std::vector<uint8_t>& visible);
+                   const std::vector<uint8_t>& visible, int32_t window, bool rotated);
 
   /*! \brief Whether blocks are single tokens rather than pages. */
   bool by_token() const { return by_token_; }
@@ -99,6 +102,11 @@ class StepLayout {
     return splits_ && sequence.dropped > 0 ? sequence.hole_begin : 0;
   }
   void AddTree(const AppendRequest& r, const int32_t* pages);
+  /*! A request's rows under a mask; `row` is the first of its matrix. */
+  void AddMasked(const AppendRequest& r, const int32_t* pages, const uint8_t* row, int32_t window);
+  /*! Rows of the queries' twins, which see the sinks, on the first level if `above`. */
+  void AddTwins(const std::vector<AppendRequest>& requests, const std::vector<int32_t>& page_indptr,
+                const std::vector<int32_t>& pages, bool above);
   /*! Append tokens [begin, end) of a sequence as blocks. */
   void AddTokens(const Sequence& sequence, const int32_t* pages, int32_t begin, int32_t end,
                  std::vector<int32_t>* blocks) const;

@@ -236,7 +236,7 @@ class Twin:
 
         ``form`` is "token", "head" (the order of q's axes) or "fused"; they take turns otherwise.
         ``trees[i]`` are the parents of the new tokens of ``seq_ids[i]``, ``masks[i]`` says which of
-        them see which.
+        them see which; of a tree, which of their ancestors.
         """
         if masks is not None:
             form = "fused"
@@ -268,7 +268,8 @@ class Twin:
             self.pages.append(seq_id, count)
             visible, expected_positions = self._sight(seq_id, count)
             if masks is not None:
-                visible[:, visible.shape[1] - count :] = masks[i]
+                own = visible[:, visible.shape[1] - count :]
+                own[...] = masks[i] if trees is None else own & masks[i]
             assert positions[new].tolist() == expected_positions
             for layer in range(d.num_layers):
                 expected = reference_attention(

@@ -74,14 +74,18 @@ class Windowed:
         data = self.rng.standard_normal((tokens, heads, 32), np.float32)
         return data.astype(numpy_dtype(self.dtype))
 
-    def step(self, seq_ids: list[int], lengths: list[int]) -> None:
+    def step(
+        self, seq_ids: list[int], lengths: list[int], masks: list[Array] | None = None
+    ) -> None:
         n = sum(lengths)
         q, k, v = (self.random(n, heads) for heads in (HEADS[0], HEADS[1], HEADS[1]))
         out = tvm.runtime.empty(q.shape, self.dtype)
+        mask = masks and to_tvm(np.concatenate([each.ravel() for each in masks]))
         with self.cache.step(seq_ids, lengths):
-            self.cache.attention_fused_qkv(0, to_tvm(np.concatenate([q, k, v], 1)), out)
+            qkv = to_tvm(np.concatenate([q, k, v], 1))
+            self.cache.attention_fused_qkv(0, qkv, out, mask=mask)
         found, at = out.numpy().astype(np.float64), 0
-        for seq_id, count in zip(seq_ids, lengths, strict=True):
+        for i, (seq_id, count) in enumerate(zip(seq_ids, lengths, strict=True)):
             new = slice(at, at + count)
             at += count
             keys, values = (
@@ -89,10 +93,12 @@ class Windowed:
                 for old, fresh in zip(self.tokens[seq_id], (k, v), strict=True)
             )
             positions = np.arange(len(keys))
+            seen = ((0, 0), (len(keys) - count, 0))  # the tokens before the step, by a mask
             expected = self.attend(
                 rotated(q[new], positions[len(keys) - count :], self.rope),
                 rotated(keys, positions, self.rope),
                 values,
+                *([] if masks is None else [np.pad(masks[i], seen, constant_values=True)]),
             )
             error = np.abs(found[new] - expected).max(initial=0.0)
             assert error <= 4 * TOLERANCE[self.dtype], (seq_id, lengths)
@@ -137,6 +143,17 @@ def test_a_slid_sequence_forks_and_pops(position: int) -> None:
     twin.step([0, 1], [6, 1])
     twin.pop(0, 10 - position // 3)
     twin.step([0], [2])
+
+
+@pytest.mark.parametrize("rope", list(ROPES))
+def test_a_mask_over_rotated_keys_behind_a_slid_window(rope: str) -> None:
+    twin = Windowed(ROPES[rope], 5, "float32")
+    twin.add(0, 20, 4)
+    twin.add(1)
+    twin.step([0, 1], [37, 9])
+    for lengths in ([9, 4], [1, 1], [3, 0]):
+        twin.step([0, 1], lengths, [twin.rng.random((n, n)) < 0.5 for n in lengths])
+    twin.step([1, 0], [1, 2])
 
 
 def test_a_stream_of_a_million_tokens_is_as_sharp_as_its_start() -> None:

@@ -21,7 +21,7 @@ from .kv_subject import (
 )
 from .machine import read_bandwidth
 from .suites import Context
-from .timing import REST, Call, measure
+from .timing import REST, Call, clock_of, measure
 
 
 def _formatted(subject: Subject, seq_ids: Sequence[int], name: str) -> Call:
@@ -59,7 +59,7 @@ def parallel_generation(context: Context, n: int, prompt: int, suffix: int) -> N
     totals = dict.fromkeys(contenders, 0.0)
     floor, samples = 0.0, 0
     for stop in range(stops + 1):
-        seconds, taken = measure(contenders, REST)
+        seconds, taken = measure(contenders, REST, clock_of(context.threads))
         samples += taken
         # Trapezoids over the growth: a child spends as long between two stops.
         share = (0.5 if stop in (0, stops) else 1.0) / stops
@@ -221,7 +221,7 @@ def formats(context: Context, shapes: Sequence[Shape] = SHAPES) -> None:
         shape.make(prompts)
         names = {"ours": "auto", "flat": "flat", "shared": "shared"}
         calls = {label: _formatted(subject, prompts.seq_ids, name) for label, name in names.items()}
-        times = _in_turns(calls)
+        times = _in_turns(calls, context.threads)
         medians = {label: 1e3 * statistics.median(values) for label, values in times.items()}
         # Of turns, in which both met the same machine.
         ratios = [a / b for a, b in zip(times["ours"], times["flat"], strict=True)]
@@ -238,8 +238,9 @@ def formats(context: Context, shapes: Sequence[Shape] = SHAPES) -> None:
         add_row(context, "formats, the worst", "chosen over flat", "%", worst, None, len(behind))
 
 
-def _in_turns(calls: dict[str, Call], seconds: float = 4.0) -> dict[str, list[float]]:
+def _in_turns(calls: dict[str, Call], threads: int, seconds: float = 4.0) -> dict[str, list[float]]:
     """Seconds of each call in every turn; who begins changes from turn to turn."""
+    clock = clock_of(threads)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call(0)
@@ -247,8 +248,8 @@ def _in_turns(calls: dict[str, Call], seconds: float = 4.0) -> dict[str, list[fl
     order = list(calls)
     while len(times[order[0]]) < 10 or time.perf_counter() < deadline:
         for name in order:
-            start = time.perf_counter()
+            start = clock()
             calls[name](0)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
         order = order[1:] + order[:1]
     return times
