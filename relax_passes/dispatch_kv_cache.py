@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import relax
 from tvm.ir import StringImm
 from tvm.relax.expr_functor import PyExprMutator, mutator
@@ -42,6 +43,7 @@ _MLC_SCALARS = (
 )
 
 
+@tvm_ffi.register_error("DispatchError")
 class DispatchError(ValueError):
     """A creation of a KV cache that has no counterpart of ours; the message says why."""
 

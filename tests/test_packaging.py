@@ -212,6 +212,12 @@ def test_wheel_is_complete_and_works_where_it_is_unpacked(tmp_path: Path) -> Non
     ], result.stderr
 
 
+def test_passes_under_an_older_tvm_are_a_sentence() -> None:
+    """TVM 0.26 has no GenericConst."""
+    result = run_python("import tvm.ir; del tvm.ir.GenericConst; import relax_passes.inject")
+    assert "relax_passes, which compile models, need TVM 0.27 or later" in result.stderr
+
+
 @pytest.fixture(scope="module")
 def tvm_without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with TVM as a machine that only runs models may have it."""
