@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 
 from ..errors import UserError
@@ -13,7 +14,7 @@ NEED_LIBRARY = ("chat", "serve", "router", "calibrate")
 
 
 def run_mlc(arguments: Sequence[str]) -> None:
-    """``mlc_llm ARGUMENTS``. What mlc_llm raises is passed on; its exit code is ours."""
+    """``mlc_llm ARGUMENTS``. Its exit code is ours, and what it fails by is shown as its own."""
     import tvm_flashinfer.mlc  # noqa: F401
     from tvm_flashinfer.mlc.bridges import library_file
 
@@ -28,5 +29,12 @@ def run_mlc(arguments: Sequence[str]) -> None:
     sys.argv = ["mlc_llm", *arguments]
     try:
         runpy.run_module("mlc_llm", run_name="__main__")
+    except Exception as error:
+        from .app import is_user_mistake
+
+        if is_user_mistake(error):
+            raise
+        traceback.print_exception(error)
+        raise SystemExit(1) from None
     finally:
         sys.argv = before

@@ -287,6 +287,19 @@ def _narrow_floats() -> None:
     pipeline.LowBatchGemvSpecialize = lambda: tvm.transform.Sequential([theirs(), leave])
 
 
+def _no_cublas() -> None:
+    import tvm
+    from mlc_llm.compiler_pass import pipeline
+
+    pipeline.BLASDispatch = lambda _target: tvm.transform.Sequential([])
+
+
+def _lacks_cublas() -> bool:
+    import tvm_ffi
+
+    return tvm_ffi.get_global_func("relax.ext.cublas", allow_missing=True) is None
+
+
 def _center_crop() -> None:
     from mlc_llm.model.vision.image_processing import ImageProcessor
     from tvm import te
@@ -376,6 +389,12 @@ LATE_BRIDGES = (
         "in TVM 0.27 buffers are parameters themselves: its search for pointers finds none",
         lambda: any(bridge.name == "PrimFunc.buffer_map" for bridge in _active),
         _lift_global_buffers,
+    ),
+    Bridge(
+        "BLASDispatch",
+        "the public wheel has no cuBLAS: --opt cublas_gemm=1 is left to our linear layers",
+        _lacks_cublas,
+        _no_cublas,
     ),
     Bridge(
         "dlight.cpu.GEMV",
