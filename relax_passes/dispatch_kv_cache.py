@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import tvm
@@ -41,6 +43,20 @@ _MLC_SCALARS = (
     "rope_scale",
     "rope_theta",
 )
+#: What a step calls on its cache. Ours are the same functions: Relax's graph capture leaves out
+#: whatever is named ``vm.builtin``.
+STEP_CALLS = {
+    f"vm.builtin.attention_kv_cache_{theirs}": f"tvm_flashinfer.kv_cache_{ours}"
+    for theirs, ours in {
+        "append_mla_kv": "append_mla_kv",
+        "attention_with_fused_qkv": "attention_with_fused_qkv",
+        "attention_with_shared_kv": "attention_with_shared_kv",
+        "cross_attention": "cross_attention",
+        "get_query_positions": "query_positions",
+        "merge_attn_output_inplace": "merge_attn_output_inplace",
+        "self_attention": "self_attention",
+    }.items()
+}
 
 
 @tvm_ffi.register_error("DispatchError")
@@ -65,6 +81,14 @@ class DispatchKVCache:
     In any other module a call of ``vm.builtin.paged_attention_kv_cache_create`` becomes one of ours
     with the same bounds, heads, layers and rotation; kernels that TVM's cache was given and ours
     doesn't call are dropped.
+
+    Where a cache was found, what the module's steps call on it gets a name that Relax's graph
+    capture doesn't leave out. Before, and after::
+
+        R.call_dps_packed("vm.builtin.attention_kv_cache_attention_with_fused_qkv", (cache, ...))
+        R.call_dps_packed("tvm_flashinfer.kv_cache_attention_with_fused_qkv", (cache, ...))
+
+    A module that makes no cache is left as it is: whose cache it is given can't be known.
 
     The attention kernels, and an object that loads ``libtvm_flashinfer.so`` where the compiled
     model is loaded, are appended to the module's ``external_mods``.
@@ -103,6 +127,7 @@ class DispatchKVCache:
         libraries += rewriter.libraries
         if not (found or rewriter.count):
             return mod
+        mod = _Steps(mod).run()
         present = list(mod.attrs.get("external_mods", [])) if mod.attrs else []
         return mod.with_attr("external_mods", present + _distinct(libraries))
 
@@ -215,6 +240,16 @@ def _mlc_arguments(function: relax.Function) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def _current(builder: relax.BlockBuilder) -> Iterator[None]:
+    """``relax.frontend.nn`` emits to ``builder``, which is a mutator's."""
+    relax.BlockBuilder._stack.append(builder)
+    try:
+        yield
+    finally:
+        relax.BlockBuilder._stack.pop()
+
+
 @mutator
 class _TVMCreation(PyExprMutator):
     """Rewrites calls of ``vm.builtin.paged_attention_kv_cache_create``."""
@@ -241,30 +276,52 @@ class _TVMCreation(PyExprMutator):
         self.count += 1
         args = call.args[1:]
         bounds, partition, kinds = args[0].values, args[1], args[6].values
-        cache = _make(
-            {
-                "attn_kind": [AttnKind(int(kind)).name.lower() for kind in kinds],
-                **dict(zip(BOUNDS, bounds[:5], strict=True)),
-                "layer_partition": partition,
-                "num_hidden_layers": len(kinds),
-                "num_attention_heads": _value(args[2]),
-                "num_key_value_heads": _value(args[3]),
-                "qk_head_dim": _value(args[4]),
-                "v_head_dim": _value(args[5]),
-                "mla_original_qk_head_dim": 0,
-                "mla_original_v_head_dim": 0,
-                "rope_mode": RopeMode(int(_value(args[8]))),
-                "rope_scale": _value(args[9]),
-                "rope_theta": _value(args[10]),
-                "rope_scaling": None,
-                "rope_ext_factors": args[11],
-                "rotary_dim": _value(args[4]),
-                "enable_disaggregation": bool(_value(args[7])),
-                "dtype": str(args[12].ty.dtype),
-                "split_rotary": args[24],
-                "layer_sliding_window_size": _value(bounds[5]) if len(bounds) > 5 else 1024,
-            },
-            self.target,
-        )
+        with _current(self.builder_):
+            cache = _make(
+                {
+                    "attn_kind": [AttnKind(int(kind)).name.lower() for kind in kinds],
+                    **dict(zip(BOUNDS, bounds[:5], strict=True)),
+                    "layer_partition": partition,
+                    "num_hidden_layers": len(kinds),
+                    "num_attention_heads": _value(args[2]),
+                    "num_key_value_heads": _value(args[3]),
+                    "qk_head_dim": _value(args[4]),
+                    "v_head_dim": _value(args[5]),
+                    "mla_original_qk_head_dim": 0,
+                    "mla_original_v_head_dim": 0,
+                    "rope_mode": RopeMode(int(_value(args[8]))),
+                    "rope_scale": _value(args[9]),
+                    "rope_theta": _value(args[10]),
+                    "rope_scaling": None,
+                    "rope_ext_factors": args[11],
+                    "rotary_dim": _value(args[4]),
+                    "enable_disaggregation": bool(_value(args[7])),
+                    "dtype": str(args[12].ty.dtype),
+                    "split_rotary": args[24],
+                    "layer_sliding_window_size": _value(bounds[5]) if len(bounds) > 5 else 1024,
+                },
+                self.target,
+            )
         self.libraries += cache.extern_mods
         return cache._expr
+
+
+@mutator
+class _Steps(PyExprMutator):
+    """Renames the calls of ``STEP_CALLS``."""
+
+    def __init__(self, mod: tvm.IRModule) -> None:
+        super().__init__(mod)
+        self.mod = mod
+
+    def run(self) -> tvm.IRModule:
+        for gvar, func in self.mod.functions_items():
+            if isinstance(func, relax.Function):
+                updated = self.visit_expr(func)
+                if not updated.same_as(func):
+                    self.builder_.update_func(gvar, updated)
+        return self.builder_.get()
+
+    def visit_extern_func_(self, op: relax.ExternFunc) -> relax.Expr:
+        ours = STEP_CALLS.get(str(op.global_symbol))
+        return op if ours is None else relax.ExternFunc(ours)

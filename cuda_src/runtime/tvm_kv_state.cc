@@ -1,7 +1,8 @@
 // Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
 //
-// Packed functions by which newer releases of TVM reach a KV cache, where the installed one hasn't
-// them: callers need not ask for its version. They take our caches only.
+// Packed functions by which TVM reaches a KV cache: those of newer releases, where the installed
+// one hasn't them, so that callers need not ask for its version (they take our caches only); and
+// what a compiled model calls, once more under names that Relax's graph capture doesn't exclude.
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/reflection/registry.h>
 
@@ -49,6 +50,12 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       prefix + "attention_with_shared_kv",
       [](const AttentionKVCache& cache, int64_t layer, double sm_scale, Tensor q, Tensor k,
          Tensor v, Tensor o) { Ours(cache)->AttentionWithSharedKV(layer, q, k, v, o, sm_scale); });
+  for (const std::string step :
+       {"attention_with_fused_qkv", "self_attention", "cross_attention", "attention_with_shared_kv",
+        "append_mla_kv", "merge_attn_output_inplace"}) {
+    Function::SetGlobal("tvm_flashinfer.kv_cache_" + step,
+                        Function::GetGlobalRequired(prefix + step));
+  }
 }
 
 }  // namespace
