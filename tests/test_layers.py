@@ -47,7 +47,7 @@ def test_kernel_headers_name_neither_tvm_nor_python() -> None:
 def test_only_the_command_line_and_mlc_import_the_passes() -> None:
     package = ROOT / "tvm_flashinfer"
     for path in package.rglob("*.py"):
-        if path.relative_to(package).parts[0] in ("cli", "mlc", "bench", "__main__.py"):
+        if path.relative_to(package).parts[0] in ("cli", "mlc", "__main__.py"):
             continue
         for module in imports_of(path):
             assert module.split(".")[0] != "relax_passes", f"{path} imports {module}"

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracle
@@ -67,8 +68,8 @@ def test_suite_generate_on_a_small_model(tmp_path: Path) -> None:
     from tvm_flashinfer.bench.generate import Shape, run
     from tvm_flashinfer.cli.bench import _compile
 
-    report = Report({}, {})
-    context = Context(report, lambda stage: None, _compile, tmp_path, "cpu", 1)
+    context = dataclasses.replace(small_context(tmp_path), compile=_compile)
+    report = context.report
     shape = Shape(
         layers=2,
         hidden=128,
@@ -100,11 +101,11 @@ def test_suite_generate_on_a_small_model(tmp_path: Path) -> None:
 
 
 def small_context(tmp_path: Path) -> Context:
-    return Context(Report({}, {}), lambda stage: None, _never, tmp_path, "cpu", 1)
+    return Context(Report({}, {}), lambda stage: None, _never, _never, tmp_path, "cpu", 1)
 
 
-def _never(*args: object) -> None:
-    raise AssertionError("this suite compiles no model")
+def _never(*args: object) -> Any:
+    raise AssertionError("this suite compiles nothing")
 
 
 def test_suite_attention_on_small_batches(tmp_path: Path) -> None:
@@ -160,8 +161,9 @@ def test_suite_passes_on_a_tiny_model(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from tvm_flashinfer.bench.passes import run
     from tvm_flashinfer.bench.zoo import Size
+    from tvm_flashinfer.cli.bench import _passes
 
-    context = dataclasses.replace(small_context(tmp_path), cases="vit*")
+    context = dataclasses.replace(small_context(tmp_path), passes=_passes, cases="vit*")
     run(context, Size())
     assert not context.report.skipped
     metrics = ["latency, our attention", "latency, our attention and linear layers"]

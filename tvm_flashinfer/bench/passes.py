@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .report import Row
-from .suites import Context
+from .suites import Context, GraphPasses
 from .timing import Call, measure
 
 __all__ = ["run"]
@@ -44,6 +44,7 @@ def run(context: Context, size: Any = None) -> None:
     from .zoo import Size, ZooModel, architectures, example
 
     torch.set_num_threads(context.threads)
+    passes = context.passes()
     size = size or Size(
         hidden=256,
         intermediate=512,
@@ -61,15 +62,15 @@ def run(context: Context, size: Any = None) -> None:
             attention = "eager" if name in EAGER else "sdpa"
             context.progress(case)
             model, args = ZooModel(name, attention, size), example(name, size)
-            _add_rows(context, case, model, args, mended=name in MENDED)
+            _add_rows(context, passes, case, model, args, mended=name in MENDED)
     if context.wants(ENCODER):
-        _encoder(context)
+        _encoder(context, passes)
     if context.wants(DEEP):
         context.progress(DEEP)
-        context.report.rows.extend(_pass_times(Size(layers=32)))
+        context.report.rows.extend(_pass_times(passes, Size(layers=32)))
 
 
-def _encoder(context: Context) -> None:
+def _encoder(context: Context, passes: GraphPasses) -> None:
     from . import sentence_encoder
 
     directory = sentence_encoder.find()
@@ -78,52 +79,50 @@ def _encoder(context: Context) -> None:
         return
     context.progress(ENCODER)
     model = sentence_encoder.SentenceEncoder(directory)
-    _add_rows(context, ENCODER, model, sentence_encoder.encode_inputs(directory, 128))
+    _add_rows(context, passes, ENCODER, model, sentence_encoder.encode_inputs(directory, 128))
 
 
-def _import(model: Any, args: tuple[Any, ...], mended: bool) -> Any:
+def _import(model: Any, args: tuple[Any, ...]) -> Any:
+    """The graph that TVM's importer makes."""
     import torch
     from tvm.relax.frontend.torch import from_exported_program
 
-    if mended:
-        from relax_passes.frontend import from_torch
-
-        return from_torch(model, args)
     with torch.no_grad():
         program = torch.export.export(model, args)
     return from_exported_program(program, unwrap_unit_return_tuple=True)
 
 
-def _compile(mod: Any, how: str) -> Callable[..., Any]:
+def _compile(mod: Any, passes: GraphPasses, how: str) -> Callable[..., Any]:
     import tvm
     from tvm import relax
 
-    from relax_passes.inject import InjectAttention
-    from relax_passes.pipeline import lower_pipeline
-    from relax_passes.targets import resolve_target
-
-    target = resolve_target("native")
     if how != DEFAULT:
-        mod = tvm.transform.Sequential([InjectAttention(target=target, strict=True)])(mod)
-    pipeline = lower_pipeline(target) if how == LINEAR else "default"
-    executable = tvm.compile(mod, target=target, relax_pipeline=pipeline)
+        mod = passes.inject()(mod)
+    pipeline = passes.lower() if how == LINEAR else "default"
+    executable = tvm.compile(mod, target=passes.target, relax_pipeline=pipeline)
     main: Callable[..., Any] = relax.VirtualMachine(executable, tvm.cpu())["main"]
     return main
 
 
 def _add_rows(
-    context: Context, case: str, model: Any, args: tuple[Any, ...], *, mended: bool = False
+    context: Context,
+    passes: GraphPasses,
+    case: str,
+    model: Any,
+    args: tuple[Any, ...],
+    *,
+    mended: bool = False,
 ) -> None:
     """Latency of a model, each way it is compiled, and of PyTorch."""
     import torch
     import tvm
     from torch.utils.flop_counter import FlopCounterMode
 
-    mod = _import(model, args, mended)
+    mod = (passes.from_torch if mended else _import)(model, args)
     values = [tvm.runtime.tensor(np.asarray(a)) for a in args]
     contenders: dict[str, Call] = {}
     for how in (DEFAULT, OURS, LINEAR):
-        contenders[how] = _caller(_compile(mod, how), values)
+        contenders[how] = _caller(_compile(mod, passes, how), values)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         want = model(*args).numpy()
     for how in (OURS, LINEAR):
@@ -179,13 +178,9 @@ def _numpy(result: Any) -> Any:
 # how long passes take
 
 
-def _pass_times(size: Any) -> Iterator[Row]:
+def _pass_times(passes: GraphPasses, size: Any) -> Iterator[Row]:
     """Seconds of InjectAttention and of every pass of our lowering, kernels being compiled."""
     import tvm
-
-    from relax_passes.inject import InjectAttention
-    from relax_passes.pipeline import lower_pipeline
-    from relax_passes.targets import resolve_target
 
     from .zoo import ZooModel, example
 
@@ -207,14 +202,13 @@ def _pass_times(size: Any) -> Iterator[Row]:
             if self.stack:
                 self.stack[-1][1] += whole
 
-    target = resolve_target("native")
-    mod = _import(ZooModel("llama", "sdpa", size), example("llama", size), False)
-    tvm.transform.Sequential([InjectAttention(target=target)])(mod)
-    passes = tvm.transform.Sequential([InjectAttention(target=target), lower_pipeline(target)])
+    mod = _import(ZooModel("llama", "sdpa", size), example("llama", size))
+    passes.inject()(mod)
+    timed = tvm.transform.Sequential([passes.inject(), passes.lower()])
     clock = Clock()
     start = time.perf_counter()
-    with tvm.transform.PassContext(opt_level=3, instruments=[clock]), target:
-        passes(mod)
+    with tvm.transform.PassContext(opt_level=3, instruments=[clock]), passes.target:
+        timed(mod)
     whole = time.perf_counter() - start
     ours = ("InjectAttention", "DispatchLinear", "FuseRMSNorm", "FoldLayout", "ScheduleElementwise")
     for name in ours:

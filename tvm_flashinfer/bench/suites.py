@@ -7,14 +7,32 @@ import fnmatch
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from .report import Report
 
-__all__ = ["SUITES", "Context", "load_suite"]
+__all__ = ["SUITES", "Context", "GraphPasses", "load_suite"]
 
 # Compiles a checkpoint into a directory: (checkpoint, directory, attention "ours" or "tir").
 Compile = Callable[[Path, Path, str, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphPasses:
+    """The graph passes that are measured, on the machine's own CPU.
+
+    Attributes
+    ----------
+    target: the TVM target that they compile for.
+    from_torch: ``from_torch(module, args)``, our importer.
+    inject: a pass that replaces every attention of a module, or raises.
+    lower: our pipeline from there to functions of the virtual machine.
+    """
+
+    target: Any
+    from_torch: Callable[[Any, tuple[Any, ...]], Any]
+    inject: Callable[[], Any]
+    lower: Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +44,7 @@ class Context:
     report: where the rows go.
     progress: called with what is being done now.
     compile: ``compile(checkpoint, directory, attention, max_seq_len)``.
+    passes: makes the graph passes; a layer below them can't import them.
     folder: an empty folder for checkpoints and models.
     device: ``cpu`` or ``cuda``; threads: CPU threads in use.
     cases: a glob of the cases that are wanted.
@@ -34,6 +53,7 @@ class Context:
     report: Report
     progress: Callable[[str], None]
     compile: Compile
+    passes: Callable[[], GraphPasses]
     folder: Path
     device: str
     threads: int

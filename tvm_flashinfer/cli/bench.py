@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from .._threads import num_threads
+from ..bench.suites import GraphPasses
 from ..errors import UserError
 from .output import Stages, errors, screen
 
@@ -48,6 +49,7 @@ def run_bench(
             report=report,
             progress=stages,
             compile=_compile,
+            passes=_passes,
             folder=Path(folder),
             device=device,
             threads=count,
@@ -72,3 +74,18 @@ def _compile(checkpoint: Path, directory: Path, attention: str, max_seq_len: int
 
     options = Options(dtype="float32", attention=attention, max_batch=1, max_seq_len=max_seq_len)
     compile_checkpoint(checkpoint, directory, options, progress=lambda stage: None)
+
+
+def _passes() -> GraphPasses:
+    from relax_passes.frontend import from_torch
+    from relax_passes.inject import InjectAttention
+    from relax_passes.pipeline import lower_pipeline
+    from relax_passes.targets import resolve_target
+
+    target = resolve_target("native")
+    return GraphPasses(
+        target=target,
+        from_torch=from_torch,
+        inject=lambda: InjectAttention(target=target, strict=True),
+        lower=lambda: lower_pipeline(target),
+    )
