@@ -48,7 +48,8 @@ class Driver:
     ) -> np.ndarray:
         """Feed tokens of ``sequences``; returns the logits."""
         parents = [] if trees is None else [tvm_ffi.Shape(trees)]
-        self.state("begin_forward", tvm_ffi.Shape(sequences), tvm_ffi.Shape(lengths), *parents)
+        shapes = [tvm_ffi.Shape([int(n) for n in numbers]) for numbers in (sequences, lengths)]
+        self.state("begin_forward", *shapes, *parents)
         arrays = [tvm.runtime.tensor(np.asarray(a, "int32")) for a in (ids, *extra)]
         logits = self.vm[name](*arrays, self.cache, self.params)
         self.state("end_forward")

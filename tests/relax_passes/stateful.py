@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,10 @@ from relax_passes.importer import ImportedCausalLM
 from relax_passes.pipeline import compile_causal_lm
 
 MAX_SEQ_LEN = 64
+#: How often random chunks are drawn, and what a batch decodes after them.
+SEEDS, DECODED = 4, 4
+
+Close = Callable[[np.ndarray, int], None]
 
 
 def full_forward(model: Any, ids: np.ndarray) -> np.ndarray:
@@ -25,30 +30,50 @@ def compile_small(imported: ImportedCausalLM, attention: str = "ours") -> Any:
 
 
 def check(run: Any, expected: np.ndarray, ids: np.ndarray, *, tolerance: float) -> None:
-    """A whole prefill; chunks, then decode; a ragged batch, then batched decode."""
+    """A whole prefill; then, for several seeds, random chunks and decoding, alone and batched."""
 
     def close(logits: np.ndarray, position: int) -> None:
         error = np.abs(logits.reshape(-1) - expected[position]).max()
         assert error <= tolerance * np.abs(expected).max(), f"position {position}: {error}"
 
-    last = len(ids) - 1
-    run.start(0, 1)
-    close(run.run("prefill", [0], [len(ids)], ids[None]), last)
-    close(run.run("prefill", [1], [7], ids[None, :7]), 6)
-    close(run.run("prefill", [1], [9], ids[None, 7:16]), 15)
-    for position in range(16, len(ids)):
-        close(run.run("decode", [1], [1], ids[None, position : position + 1]), position)
+    run.start(0)
+    close(run.run("prefill", [0], [len(ids)], ids[None]), len(ids) - 1)
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        _check_alone(run, ids, rng, close)
+        _check_batch(run, expected, ids, rng, close)
 
-    lengths = np.array([5, 11, 2])
+
+def _check_alone(run: Any, ids: np.ndarray, rng: np.random.Generator, close: Close) -> None:
+    run.start(0)
+    done, end = 0, int(rng.integers(1, len(ids)))
+    while done < end:
+        n = int(rng.integers(1, end - done + 1))
+        logits = run.run("prefill", [0], [n], ids[None, done : done + n])
+        done += n
+        close(logits, done - 1)
+    for position in range(done, len(ids)):
+        close(run.run("decode", [0], [1], ids[None, position : position + 1]), position)
+
+
+def _check_batch(
+    run: Any, expected: np.ndarray, ids: np.ndarray, rng: np.random.Generator, close: Close
+) -> None:
+    """Three sequences, each a start of ``ids`` in chunks of its own; then all decode together."""
     run.start(0, 1, 2)
-    ragged = np.concatenate([ids[:n] for n in lengths])[None]
-    logits = run.run("batch_prefill", [0, 1, 2], lengths, ragged, np.cumsum(lengths) - 1)
-    assert logits.shape == (1, 3, expected.shape[1])
-    for row, n in enumerate(lengths):
-        close(logits[0, row], n - 1)
-    for step in range(4):
-        column = ids[lengths + step][:, None]
-        logits = run.run("batch_decode", [0, 1, 2], [1, 1, 1], column)
+    done, ends = np.zeros(3, int), rng.integers(1, len(ids) - DECODED + 1, 3)
+    while (fed := np.flatnonzero(done < ends)).size:
+        lengths = rng.integers(1, (ends - done)[fed] + 1)
+        chunks = [ids[done[s] : done[s] + n] for s, n in zip(fed, lengths, strict=True)]
+        last = np.cumsum(lengths) - 1
+        logits = run.run("batch_prefill", fed, lengths, np.concatenate(chunks)[None], last)
+        assert logits.shape == (1, len(fed), expected.shape[1])
+        done[fed] += lengths
+        for row, sequence in enumerate(fed):
+            close(logits[0, row], done[sequence] - 1)
+    for _ in range(DECODED):
+        logits = run.run("batch_decode", [0, 1, 2], [1, 1, 1], ids[done][:, None])
         assert logits.shape == (3, 1, expected.shape[1])
-        for row, n in enumerate(lengths):
-            close(logits[row], n + step)
+        for sequence, position in enumerate(done):
+            close(logits[sequence], position)
+        done += 1

@@ -127,9 +127,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
 DEFAULT = ("gemma2", "gemma3_text", "bloom", "gpt_neox", "qwen2_moe")
 
 
-def make(family: str) -> Any:
+def make(family: str, **changed: Any) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family][0]))
+    config = AutoConfig.for_model(family, **FAMILIES[family][0] | changed)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             mean, spread = (1.0, 0.2) if parameter.ndim == 1 else (0.0, 0.15)
@@ -152,4 +153,28 @@ def test_logits(family: str, driver: Callable[[Any], Any], tokens: np.ndarray) -
     assert compiled.report.all_rewritten
     assert [s.variant for s in compiled.report.sites] == variants
     assert [s.mask for s in compiled.report.sites] == masks
+    check(driver(compiled), full_forward(model, tokens), tokens, tolerance=1e-5)
+
+
+_SCALINGS: dict[str, dict[str, Any]] = {
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "linear": {"factor": 2.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "scaling"),
+    [
+        ("llama", "yarn"),
+        pytest.param("qwen3", "yarn", marks=pytest.mark.heavy),
+        pytest.param("llama", "linear", marks=pytest.mark.heavy),
+    ],
+)
+def test_scaled_rotations_are_the_caches(
+    family: str, scaling: str, driver: Callable[[Any], Any], tokens: np.ndarray
+) -> None:
+    parameters = {"rope_type": scaling, "rope_theta": 10000.0, **_SCALINGS[scaling]}
+    model = make(family, rope_parameters=parameters)
+    compiled = compile_small(import_causal_lm(model))
+    assert [s.rope for s in compiled.report.sites] == ["fused"] * 2
     check(driver(compiled), full_forward(model, tokens), tokens, tolerance=1e-5)

@@ -129,6 +129,29 @@ def faster(g: Graph, x: relax.Var, angle: relax.Var) -> relax.Var:
     return halves(g, x, g.multiply(angle, relax.const(2.0, "float32")))
 
 
+def from_table(g: Graph, x: relax.Var, _angle: relax.Var) -> relax.Var:
+    """Cosines and sines as a checkpoint keeps them: rows of a table, by position."""
+    seq = x.ty.shape[2]
+    angle = np.arange(32, dtype="float32")[:, None] * np.tile(FREQUENCIES, 2)
+    positions = g.arange(0, seq, 1, "int64")
+    cos, sin = (
+        g.reshape(g.take(relax.const(table), positions, axis=0), [1, 1, seq, DIM])
+        for table in (np.cos(angle), np.sin(angle))
+    )
+    low, high = (g.strided_slice(x, [3], [a], [a + DIM // 2]) for a in (0, DIM // 2))
+    turned = g.concat([g.negative(high), low], -1)
+    return g.add(g.multiply(x, cos), g.multiply(turned, sin))
+
+
+def test_tables_stay_in_the_graph() -> None:
+    """Rounded sines say no frequency for certain: rows of the table are read by position."""
+    made, rope = paginate(model(from_table, from_table))
+    assert rope == "not rotated"
+    decode = made["decode"].script()
+    assert "kv_cache_query_positions" in decode and "R.take" in decode
+    assert "kv_cache_create_rope" not in made["create_kv_cache"].script()
+
+
 @pytest.mark.parametrize(
     ("q", "k", "start", "reason"),
     [
