@@ -88,7 +88,8 @@ def derive(view: ElementView, site: AttentionSite, *, stateful: bool = False) ->
     if finite and not _sees_a_key(view, site):
         return _derive(view, site, finite=True, stateful=stateful)
     scale = site.scale if logits.plain else logits.scale
-    if logits.plain and not mask.rest and mask.lower is None and mask.upper in (None, 0):
+    plain = logits.plain and logits.sink is None
+    if plain and not mask.rest and mask.lower is None and mask.upper in (None, 0):
         variant = "full" if mask.upper is None else "causal"
         return Derived(variant, scale, mask.offset)
     return _derive(view, site, finite=False, stateful=stateful)
@@ -139,6 +140,8 @@ def _derive(view: ElementView, site: AttentionSite, *, finite: bool, stateful: b
         predicate(dry)
     if has_logits:
         transform(dry)
+    if logits.sink is not None:
+        dry.number(logits.sink)
     params = dry.params()
     if len(params) > MAX_PARAMS:
         raise NotProvenError(
@@ -158,6 +161,7 @@ def _derive(view: ElementView, site: AttentionSite, *, finite: bool, stateful: b
             params=params,
             logits=replay(transform) if has_logits else None,
             mask=replay(predicate) if has_mask else None,
+            sink=replay(lambda translator: translator.number(logits.sink)) if logits.sink else None,
         )
         # Now, for what kernels can't evaluate is refused when the C++ is made.
         variant.cpp  # noqa: B018
@@ -332,20 +336,16 @@ class _Translator:
     def index(self, formula: Any) -> Any:
         """An integer formula over the site's index variables, in int32."""
         at = self.site.frame.at
-        places = [
-            (at.b, self.at.batch),
-            (at.h, self.at.q_head),
-            (at.t, self.at.kv_idx),
-        ]
+        places = [(at.b, "batch"), (at.h, "q_head"), (at.t, "kv_idx")]
 
         def leaf(node: Any) -> Any:
             if isinstance(node, tirx.IntImm):
                 if abs(int(node.value)) > _INT_LIMIT:
                     raise NotProvenError(f"the number {int(node.value)} in a mask")
                 return tirx.const(int(node.value), "int32")
-            for var, place in places:
+            for var, name in places:
                 if node.same_as(var):
-                    return place
+                    return getattr(self.at, name)
             if node.same_as(at.s):
                 offset = self.site.mask.offset
                 if static_int(offset) == 0:

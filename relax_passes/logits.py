@@ -40,13 +40,15 @@ class Logits:
 
     ``transform`` is what becomes of a score that has been multiplied with ``scale``: a formula in
     which the score's own ``Load`` stands for it.  Masks are taken out of it as long as everything
-    above them keeps -inf what it is: ``masks`` must all hold for a key to be seen.
+    above them keeps -inf what it is: ``masks`` must all hold for a key to be seen.  ``sink`` is one
+    more logit, which only takes part in the sum.
     """
 
     score: Load | None = None
     scale: float = 1.0
     transform: Element | None = None
     masks: list[Hidden] = field(default_factory=list)
+    sink: Element | None = None
 
     @property
     def predicates(self) -> list[Element]:

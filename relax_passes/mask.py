@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tvm import relax, tirx
+from tvm import relax
 
-from relax_passes.elements import Apply, Const, Element, ElementView, Load, to_prim
+from relax_passes.elements import COMPARISONS, Apply, Const, Element, ElementView, Load, to_prim
 from relax_passes.graph import static_int
 from relax_passes.prim import mentions
 
@@ -168,14 +168,6 @@ _NEGATED = {
     "equal": "not_equal",
     "not_equal": "equal",
 }
-_PREDICATE = {
-    "less": tirx.LT,
-    "less_equal": tirx.LE,
-    "greater": tirx.GT,
-    "greater_equal": tirx.GE,
-    "equal": tirx.EQ,
-    "not_equal": tirx.NE,
-}
 
 
 def _add(
@@ -205,7 +197,7 @@ def _add(
             return _add_padding(view, mask, loads[0], op == "not_equal", query, key)
         mask.unproven.append(_name(view, element, positive, query, key))
         return False
-    if view.analyzer.can_prove(_PREDICATE[op](a, b)):
+    if view.analyzer.can_prove(COMPARISONS[op](a, b)):
         return False
     _add_comparison(view, mask, op, a - b, query + mask.offset, key)
     return False

@@ -13,14 +13,15 @@ from relax_passes.prim import mentions, substitute
 
 def name_transform(view: ElementView, logits: Logits, at: SiteAxes) -> tuple[str, ...]:
     """Names of what f does besides scaling and masking, from the scores outwards."""
+    sink = () if logits.sink is None else ("learned-sink",)
     if logits.plain:
-        return ()
+        return sink
     if not logits.named:
-        return ("element-wise",)
+        return ("element-wise", *sink)
     cap = logits.soft_cap
     names = [f"soft-cap({cap:.6g})"] if cap else []
     names += reversed([_addend(view, element, at) for element in logits.addends])
-    return tuple(dict.fromkeys(names))
+    return (*dict.fromkeys(names), *sink)
 
 
 def _addend(view: ElementView, element: Element, at: SiteAxes) -> str:

@@ -47,6 +47,7 @@ from relax_passes.mask import derive_mask
 from relax_passes.naming import name_transform
 from relax_passes.operands import SiteAxes
 from relax_passes.prim import mentions
+from relax_passes.sinks import split_sink
 from relax_passes.views import find_view
 
 
@@ -233,18 +234,25 @@ def _prove_in_frame(
     index = tuple(product.order((*frame.lead, at.s, at.t)))
     soft, safe = _softmax_element(view, product.weights, index, binding)
     axis = axis_of(binding.value.attrs.axis, len(soft.index))
-    if not view.same(soft.index[axis], at.t):
+    logits = Logits()
+    first = next((n for n in (0, 1) if view.same(soft.index[axis], at.t + n)), None)
+    if first is None:
         raise NotProvenError(
             "softmax runs over another axis than the one multiplied with the values"
         )
-    if not view.same((shape_of(binding.var) or [])[axis], site.key_length):
-        raise NotProvenError("only some of the softmax's results are multiplied with the values")
+    if first or not view.same((shape_of(binding.var) or [])[axis], site.key_length):
+        split = split_sink(view, source, soft.index, axis, site.key_length)
+        if split is None or split[1] != first:
+            raise NotProvenError(
+                "only some of the softmax's results are multiplied with the values"
+            )
+        source, _, logits.sink = split
     if any(mentions(i, at.t) for n, i in enumerate(soft.index) if n != axis):
         raise NotProvenError("the softmax result is indexed by the key twice")
 
     # Backward: f, down to the scores.
-    formula = view.at(source, soft.index, stop=lambda var: var.same_as(target))
-    logits = Logits()
+    row_index = (*soft.index[:axis], at.t, *soft.index[axis + 1 :])
+    formula = view.at(source, row_index, stop=lambda var: var.same_as(target))
     try:
         score = logits.read(formula, target, view.same)
     except NoScoreError:
@@ -420,7 +428,7 @@ def _check_uses(graph: Graph, site: AttentionSite, anchor: Anchor) -> None:
         if load is not site.logits.score and load.tensor in inside:  # type: ignore[union-attr]
             raise NotProvenError("f mixes keys: it reads what was computed from several scores")
 
-    for element in (site.logits.transform, *site.logits.predicates):
+    for element in (site.logits.transform, site.logits.sink, *site.logits.predicates):
         if element is not None:
             loads(element, check)
 

@@ -252,8 +252,10 @@ def _without_length(view: ElementView, logits: Logits, at: Any, length: Any) -> 
     """Where only all of a query's logits move with the sequence length, count from the query.
 
     ALiBi is written ``slope * (t - S + 1)`` as often as ``slope * (t - s)``: softmax doesn't see
-    what is added to every key of a query alike.
+    what is added to every key of a query alike, unless a sink is in its sum.
     """
+    if logits.sink is not None:
+        return logits
 
     def visit(element: Element | None) -> Any:
         if not isinstance(element, Apply) or element.op != "add":

@@ -16,13 +16,13 @@ import tvm
 import tvm_ffi
 from tvm import relax
 
+from relax_passes.element_layout import reshape_groups
 from relax_passes.elements import (
     ELEMENTWISE_BINARY,
     ELEMENTWISE_UNARY,
     Apply,
     Const,
     ElementView,
-    reshape_groups,
 )
 from relax_passes.graph import (
     Graph,

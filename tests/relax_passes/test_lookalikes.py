@@ -134,8 +134,41 @@ def last_keys_dropped(q: Any, k: Any, v: Any) -> Any:
 
 
 @left_alone("only some of the softmax's results")
+def two_sinks(q: Any, k: Any, v: Any) -> Any:
+    return torch.cat([scores(q, k), torch.zeros(B, H, S, 2)], -1).softmax(-1)[..., :-2] @ v
+
+
+@left_alone("only some of the softmax's results")
+def sink_that_stays_and_a_key_that_goes(q: Any, k: Any, v: Any) -> Any:
+    return (
+        torch.cat([scores(q, k), torch.zeros(B, H, S, 1)], -1).softmax(-1)[..., :-2] @ v[:, :, 1:]
+    )
+
+
+@left_alone("f mixes keys: it reads what was computed from several scores")
+def sink_made_of_the_scores(q: Any, k: Any, v: Any) -> Any:
+    x = scores(q, k)
+    return torch.cat([x, x.mean(-1, keepdim=True)], -1).softmax(-1)[..., :-1] @ v
+
+
+@rewritten("softmax+learned-sink")
 def sink_beside_the_keys(q: Any, k: Any, v: Any) -> Any:
     return torch.cat([scores(q, k), torch.zeros(B, H, S, 1)], -1).softmax(-1)[..., :-1] @ v
+
+
+@rewritten("softmax+learned-sink", "causal", torch.randn(H))
+def sink_of_each_head(q: Any, k: Any, v: Any, sink: Any) -> Any:
+    """As gpt-oss: the maximum is taken off, which changes nothing."""
+    x = hide(scores(q, k), torch.ones(S, S).tril().bool())
+    x = torch.cat([x, sink.reshape(1, -1, 1, 1).expand(B, -1, S, -1)], -1)
+    x = x - x.max(-1, keepdim=True).values
+    return x.softmax(-1)[..., :-1] @ v
+
+
+@rewritten("softmax+soft-cap(5)+learned-sink", "none", torch.randn(B, H, S, 1))
+def sink_of_each_query_before_the_keys(q: Any, k: Any, v: Any, sink: Any) -> Any:
+    x = torch.cat([sink, 5 * (scores(q, k) / 5).tanh()], -1)
+    return x.softmax(-1)[..., 1:] @ v
 
 
 @left_alone("the attention weights are also returned")
