@@ -20,48 +20,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache as memoize
 from typing import Any
 
 import tvm
 import tvm_ffi
 
-from . import _cuda, _library, jit_cuda, variants
-from .jit import AttentionSpec, Progress, build_attention, load_kernel
+from . import tvm_creation, variants  # noqa: F401 - the former registers a function
+from ._kv_kernels import attended, function, kernel_maker
+from .jit import AttentionSpec, Progress
 from .rope import RopeConfig
-from .split_rotary import inspect as split_rotary_of
 from .variant import Variant, params_of
-
-
-@memoize
-def _function(name: str) -> Any:
-    """A packed function by name; ours exist once the library is loaded."""
-    _library.load()
-    return tvm.get_global_func(name)
-
-
-def _kernel_maker(
-    device: str, mcpu: str, progress: Progress | None
-) -> tuple[Callable[[AttentionSpec], Any], Any]:
-    """What makes the kernel of a spec for a device, and the device as TVM's."""
-    kind, index = _cuda.parse_device(device)
-    if kind == "cpu":
-        return lambda spec: load_kernel(
-            build_attention(spec, mcpu=mcpu, progress=progress)
-        ), tvm.cpu(0)
-    arch = _cuda.device_arch(index)
-    return lambda spec: load_kernel(
-        jit_cuda.build_attention(spec, arch=arch, progress=progress)
-    ), tvm.cuda(index)
-
-
-def attended(variant: Variant | None, turned: tuple[int, bool] | None) -> str | Variant:
-    """The variant of a kernel, which may have keys to rotate: a rotary size, and interleaved."""
-    if turned is not None:
-        rotary_dim, interleaved = turned
-        base = variants.causal if variant is None else variant
-        return variants.rope_table(rotary_dim, interleaved=interleaved, query=False, base=base)
-    return "causal" if variant is None else variant
 
 
 class KVCache:
@@ -165,7 +133,7 @@ class KVCache:
         if rope is not None and variant is not None and sliding_window:
             turned = rope.rotary_dim or head_dim, rope.interleaved
         spec = AttentionSpec(dtype, pool_dtype, head_dim, dim_vo, attended(variant, turned))
-        make, where = _kernel_maker(device, mcpu, progress)
+        make, where = kernel_maker(device, mcpu, progress)
         kernel = make(spec)
         bounds = (max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, sliding_window)
         create = "tvm_flashinfer.kv_cache_create"
@@ -174,7 +142,7 @@ class KVCache:
             create += "_rope"
             frequencies, magnitude = rope.resolve(head_dim)
             rotation = (tvm.runtime.tensor(frequencies), magnitude, rope.interleaved)
-        handle = _function(create)(
+        handle = function(create)(
             tvm_ffi.Shape([int(bound) for bound in bounds]),
             tvm_ffi.Shape((first_layer, first_layer + num_layers)),
             tvm_ffi.Shape((num_qo_heads, num_kv_heads, head_dim, dim_vo)),
@@ -183,20 +151,20 @@ class KVCache:
             *rotation,
         )
         if inline_rope and turned is None:
-            handle = _function("tvm_flashinfer.kv_cache_with_inline_rope")(handle)
+            handle = function("tvm_flashinfer.kv_cache_with_inline_rope")(handle)
         if window_layers:
             window = variants.windowed(variant)
             windowed = AttentionSpec(dtype, pool_dtype, head_dim, dim_vo, window)
-            handle = _function("tvm_flashinfer.kv_cache_with_sliding_layers")(
+            handle = function("tvm_flashinfer.kv_cache_with_sliding_layers")(
                 handle,
                 tvm_ffi.Shape(window_layers),
                 layer_window,
                 make(windowed),
             )
         if turned is not None:
-            handle = _function("tvm_flashinfer.kv_cache_with_rotating_kernel")(handle, *turned)
+            handle = function("tvm_flashinfer.kv_cache_with_rotating_kernel")(handle, *turned)
         if variant is not None:
-            give = _function("tvm_flashinfer.kv_cache_with_variant")
+            give = function("tvm_flashinfer.kv_cache_with_variant")
             handle = give(handle, values, variant.ignores_positions)
         return cls(handle)
 
@@ -238,9 +206,9 @@ class KVCache:
             AttentionSpec(dtype, dtype, row, latent_dim),
             AttentionSpec(dtype, dtype, own_head_dim, own_head_dim_vo),
         )
-        make, where = _kernel_maker(device, mcpu, progress)
+        make, where = kernel_maker(device, mcpu, progress)
         kernels = [make(spec) for spec in specs]
-        handle = _function("tvm_flashinfer.kv_cache_create_mla")(
+        handle = function("tvm_flashinfer.kv_cache_create_mla")(
             tvm_ffi.Shape((max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, 0)),
             tvm_ffi.Shape((first_layer, first_layer + num_layers)),
             tvm_ffi.Shape((num_qo_heads, 1, row, latent_dim)),
@@ -252,7 +220,7 @@ class KVCache:
         return cls(handle)
 
     def _call(self, name: str, *args: Any) -> Any:
-        return _function(f"vm.builtin.{name}")(self.handle, *args)
+        return function(f"vm.builtin.{name}")(self.handle, *args)
 
     # -- sequences
 
@@ -369,7 +337,7 @@ class KVCache:
         if sm_scale is None:
             sm_scale = q.shape[-1] ** -0.5
         suffix = "_bhsd" if head_major else ""
-        _function(f"tvm_flashinfer.kv_cache_attention{suffix}")(
+        function(f"tvm_flashinfer.kv_cache_attention{suffix}")(
             self.handle, layer_id, sm_scale, q, k, v, out
         )
 
@@ -395,7 +363,7 @@ class KVCache:
         if mask is None:
             self._call("attention_kv_cache_attention_with_fused_qkv", layer_id, sm_scale, qkv, out)
         else:
-            _function("tvm_flashinfer.kv_cache_attention_with_mask")(
+            function("tvm_flashinfer.kv_cache_attention_with_mask")(
                 self.handle, layer_id, sm_scale, qkv, mask, out
             )
 
@@ -448,11 +416,11 @@ class KVCache:
         ``"auto"``, the default: those that the scheduler's costs say pay. ``"flat"``: none.
         ``"shared"``: all, as far as a plan has levels. Results differ in rounding only.
         """
-        _function("tvm_flashinfer.kv_cache_use_format")(self.handle, format)
+        function("tvm_flashinfer.kv_cache_use_format")(self.handle, format)
 
     def plan_section(self, name: str) -> Any:
         """A copy of a section of the last step's plan, int32 (see plan.h); for inspection."""
-        return _function("tvm_flashinfer.kv_cache_plan_section")(self.handle, name)
+        return function("tvm_flashinfer.kv_cache_plan_section")(self.handle, name)
 
     @property
     def num_levels(self) -> int:
@@ -492,7 +460,7 @@ class KVCache:
 
         A page that is shared changes for every sequence that holds it.
         """
-        _function("tvm_flashinfer.kv_cache_debug_set_kv")(self.handle, seq_id, begin, k, v)
+        function("tvm_flashinfer.kv_cache_debug_set_kv")(self.handle, seq_id, begin, k, v)
 
     def get_rows(self, seq_id: int, begin: int, end: int, rows: Any) -> None:
         """Copy tokens ``[begin, end)`` of latent attention into ``rows``.
@@ -503,7 +471,7 @@ class KVCache:
 
     def set_rows(self, seq_id: int, begin: int, rows: Any) -> None:
         """Overwrite tokens of latent attention from ``begin`` on, laid out as in get_rows."""
-        _function("tvm_flashinfer.kv_cache_debug_set_kv_mla")(self.handle, seq_id, begin, rows)
+        function("tvm_flashinfer.kv_cache_debug_set_kv_mla")(self.handle, seq_id, begin, rows)
 
     # -- prefill and decode on different machines
 
@@ -516,7 +484,7 @@ class KVCache:
         takes the global function ``tvm_flashinfer.kv_transfer``.
         """
         self._transfer = tvm_ffi.convert(transfer)
-        _function("tvm_flashinfer.kv_cache_use_transfer")(self.handle, self._transfer)
+        function("tvm_flashinfer.kv_cache_use_transfer")(self.handle, self._transfer)
 
     def prepare_receive(self, seq_id: int, length: int) -> Any:
         """Make room for tokens that come from another cache; returns where, for its mark_send."""
@@ -567,78 +535,3 @@ class KVCache:
         except Exception:
             self.remove_sequence(seq_id)
             raise
-
-
-#: TVM's AttnKind and RopeMode.
-_MHA, _MLA, _MHA_SLIDING = 0, 1, 3
-_ROPE_NONE, _ROPE_INLINE = 0, 2
-
-
-@tvm_ffi.register_global_func("tvm_flashinfer.paged_attention_kv_cache_create")
-def _create_as_tvm(*args: Any) -> Any:
-    """``vm.builtin.paged_attention_kv_cache_create`` with our cache as its result.
-
-    Takes the same 28 or 29 arguments. Of the functions among them it uses the one that rotates,
-    which knows the model's scaling; all others are replaced by kernels, compiled here for the
-    dtype and head sizes that are asked for. With ``enable_kv_transfer``, which any of our caches
-    can do, it sends by the global function ``tvm_flashinfer.kv_transfer``: see
-    :meth:`KVCache.use_transfer`.
-    """
-    if len(args) not in (28, 29):
-        raise ValueError(f"expected 28 or 29 arguments as TVM's KV cache takes, got {len(args)}")
-    bounds, layers, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, kinds = args[:7]
-    rope_mode, extension_factors, init, split_rotary = (args[i] for i in (8, 11, 12, 24))
-    if len(layers) != 2:
-        raise ValueError(f"layer_indptr has {len(layers)} entries, expected 2: one pipeline stage")
-    kinds = dict(enumerate(kinds))
-    served = {kind for layer, kind in kinds.items() if layers[0] <= layer < layers[1]}
-    if not served <= {_MHA, _MHA_SLIDING} and served != {_MLA}:
-        raise NotImplementedError(
-            f"attn_kinds are {list(kinds.values())}: a cache serves 0 (mha) and 3 (mha_sliding), "
-            "or 1 (mla) in every layer"
-        )
-    dtype = str(init.dtype)
-    on = init.device
-    turned = None  # the rotation that kernels do
-    if rope_mode == _ROPE_INLINE:
-        sizes_of_heads = int(num_qo_heads), int(num_kv_heads), int(head_dim_qk)
-        rotation = split_rotary_of(split_rotary, *sizes_of_heads, dtype, on)
-        if not rotation.undone:
-            turned = rotation.rotary_dim, rotation.interleaved
-    make, _ = _kernel_maker(f"cuda:{on.index}" if on.type == "cuda" else "cpu", "native", None)
-
-    def kernel(variant: Variant | None = None, dims: Sequence[int] = ()) -> Any:
-        qk, vo = dims or (int(head_dim_qk), int(head_dim_vo))
-        return make(AttentionSpec(dtype, dtype, qk, vo, attended(variant, turned)))
-
-    sliding = [layer for layer, kind in kinds.items() if kind == _MHA_SLIDING]
-    sizes = list(bounds)
-    window = sizes[5] if len(sizes) > 5 else 1024
-    if sliding:
-        sizes[4] = 0  # the layers have windows, sequences have none
-    common = (
-        tvm_ffi.Shape(sizes[:5]),
-        layers,
-        tvm_ffi.Shape([num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo]),
-        kernel(),
-        init,
-    )
-    if served == {_MLA}:
-        ragged = args[15]
-        own = [int(dim) for dim in list(ragged)[3:5]] or [int(head_dim_qk), int(head_dim_vo)]
-        return _function("tvm_flashinfer.kv_cache_create_mla")(
-            *common, num_qo_heads, kernel(dims=own)
-        )
-    if rope_mode == _ROPE_NONE:
-        cache = _function("tvm_flashinfer.kv_cache_create")(*common)
-    else:
-        create = _function("tvm_flashinfer.kv_cache_create_split_rotary")
-        cache = create(*common, split_rotary, extension_factors)
-        if rope_mode == _ROPE_INLINE and turned is None:
-            cache = _function("tvm_flashinfer.kv_cache_with_inline_rope")(cache)
-    if sliding:
-        add_window = _function("tvm_flashinfer.kv_cache_with_sliding_layers")
-        cache = add_window(cache, tvm_ffi.Shape(sliding), window, kernel(variants.sliding_window))
-    if turned is not None:
-        cache = _function("tvm_flashinfer.kv_cache_with_rotating_kernel")(cache, *turned)
-    return cache

@@ -12,9 +12,9 @@ from tvm.relax.frontend.nn.llm import kv_cache
 from tvm.relax.frontend.nn.llm.position_embedding import llama_rope_with_position_map
 
 from . import jit_cuda
+from ._kv_kernels import attended
 from .autoload import build_autoload
 from .jit import AttentionSpec, KernelArtifact, build_attention
-from .kv_cache import attended
 from .rope import RopeConfig
 from .variant import Variant
 from .variants import sliding_window

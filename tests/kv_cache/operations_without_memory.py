@@ -55,7 +55,7 @@ class Injector:
     """Stands before the packed functions of every cache."""
 
     def __init__(self) -> None:
-        self.function = kv_cache._function
+        self.function = kv_cache.function
         self.random = random.Random(0)
         self.machine: Operations | None = None
         self.failures: Counter[str] = Counter()
@@ -86,7 +86,7 @@ class Injector:
 
 
 injector = Injector()
-kv_cache._function = injector
+kv_cache.function = injector
 
 
 class Flaky:
