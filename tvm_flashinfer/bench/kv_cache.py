@@ -25,7 +25,7 @@ from .kv_formats import SHAPES, Shape, formats, parallel_generation
 from .kv_subject import DIM, HEADS, PAGE, SUITE, Subject, add_row, caches, kv_bytes
 from .machine import read_bandwidth
 from .suites import Context
-from .timing import REST, Call, measure
+from .timing import REST, Call, clock_of, measure
 
 __all__ = ["run"]
 
@@ -100,7 +100,7 @@ def _streaming(context: Context, window: int) -> None:
             continue
         context.progress(case)
         contenders = dict(_streamers(batch, window))
-        seconds, samples = measure(contenders, REST)
+        seconds, samples = measure(contenders, REST, clock_of(context.threads))
         values = {name: 1e3 * value for name, value in seconds.items()}
         floor = 1e3 * kv_bytes(HEADS, batch * window) / read_bandwidth(context.threads)
         add_row(context, case, "attention of a token", "ms", values, floor, samples)
