@@ -12,6 +12,7 @@ what real models contain; ``torch.export`` with its default decompositions adds 
   traced without an attention mask contain.
 - ``x[:, :length]`` of a table gets the length ``min(length, size)``, after which nothing has a
   known shape (BERT, with dynamic lengths).
+- Linear layers of float16 and bfloat16 give float32, to which a bias can't be added.
 - Constant indices below 0, as in ``x[:, :, [-1]]`` (Falcon), read out of bounds.
 
 Training mode is refused: TVM's importer drops dropout without a word.
@@ -100,6 +101,9 @@ def attention_convert_map() -> Converters:
         "scaled_dot_product_attention.default": _convert_sdpa,
         "cumsum.default": _convert_cumsum,
         "slice.Tensor": _convert_slice,
+        "mm.default": _convert_mm,
+        "bmm.default": _convert_mm,
+        "addmm.default": _convert_addmm,
     }
 
 
@@ -291,6 +295,33 @@ def _convert_linear(node: Any, importer: Any) -> relax.Var:
     x, weight, bias = (importer.env.get(a) for a in (*node.args, None)[:3])
     out = emit(relax.op.matmul(x, emit(relax.op.permute_dims(weight)), x.ty.dtype.dtype))
     return out if bias is None else emit(relax.op.add(out, bias))
+
+
+def _product(importer: Any, x: relax.Var, y: relax.Var) -> relax.Var:
+    """x y, summed in float32 and rounded to x's dtype, as torch has it."""
+    emit, dtype = importer.block_builder.emit, x.ty.dtype.dtype
+    if dtype not in ("float16", "bfloat16"):
+        return emit(relax.op.matmul(x, y))
+    return emit(relax.op.astype(emit(relax.op.matmul(x, y, "float32")), dtype))
+
+
+def _convert_mm(node: Any, importer: Any) -> relax.Var:
+    """``aten.mm`` and ``aten.bmm``: x [..., M, K], y [..., K, N]."""
+    return _product(importer, *(importer.env[a] for a in node.args[:2]))
+
+
+def _convert_addmm(node: Any, importer: Any) -> relax.Var:
+    """``aten.addmm``: bias + x y, with factors of either."""
+    bias, *operands = (importer.env[a] for a in node.args[:3])
+    emit = importer.block_builder.emit
+
+    def scaled(value: relax.Var, name: str) -> relax.Var:
+        factor = node.kwargs.get(name, 1)
+        if factor == 1:
+            return value
+        return emit(relax.op.multiply(value, relax.const(factor, value.ty.dtype.dtype)))
+
+    return emit(relax.op.add(scaled(_product(importer, *operands), "alpha"), scaled(bias, "beta")))
 
 
 # ---------------------------------------------------------------------------------------------
