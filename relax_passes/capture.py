@@ -18,6 +18,9 @@ KEY = "tvm_flashinfer.graph_key"
 RUN_OR_CAPTURE = "vm.builtin.cuda_graph.run_or_capture"
 #: Functions whose plans are static: one token for each sequence.
 STEPS = ("decode", "batch_decode")
+#: Functions of any number of tokens, which callers pad to a few; their twins that are captured are
+#: called ``NAME_padded``.
+PADDED_STEPS = ("batch_prefill",)
 
 
 @tvm.transform.module_pass(opt_level=0, name="PrepareCapture")
@@ -43,18 +46,29 @@ class PrepareCapture:
     Parameters
     ----------
     names : sequence of str
-        The functions; the first parameter of each is its input, the others stay the same from call
-        to call, or the graph's key changes (KeyGraphs).
+        The functions; what comes before the last of their ``num_input`` parameters is their input,
+        the others (cache, params) stay the same from call to call, or the graph's key changes
+        (KeyGraphs).
+    padded : sequence of str
+        Functions to be copied as ``NAME_padded`` and the copies to be captured, one graph for each
+        number of tokens: a step may have fewer, and whatever for those that it lacks (its KV cache
+        goes by what begin_forward was told).
     """
 
-    def __init__(self, names: Sequence[str] = STEPS) -> None:
-        self.names = tuple(names)
+    def __init__(self, names: Sequence[str] = STEPS, padded: Sequence[str] = PADDED_STEPS) -> None:
+        self.names, self.padded = tuple(names), tuple(padded)
 
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         updated = {}
         for gvar, func in mod.functions_items():
-            if isinstance(func, relax.Function) and gvar.name_hint in self.names:
+            if not isinstance(func, relax.Function):
+                continue
+            if gvar.name_hint in self.names:
                 updated[gvar] = _Buffers(mod).rewrite(func)
+            if gvar.name_hint in self.padded:
+                name = f"{gvar.name_hint}_padded"
+                copy = relax.utils.copy_with_new_vars(func).with_attr("global_symbol", name)
+                updated[relax.GlobalVar(name)] = _Buffers(mod).rewrite(copy)
         if updated:
             mod = mod.clone()
             for gvar, func in updated.items():
@@ -69,31 +83,38 @@ def _copy(x: Any) -> Any:
 @mutator
 class _Buffers(PyExprMutator):
     def rewrite(self, func: relax.Function) -> relax.Function:
-        self.input = func.params[0]
+        self.inputs = list(func.params[: int(func.attrs["num_input"]) - 1])
         self.result = func.body.body
-        self.copied: Any = None
+        self.copied: dict[Any, Any] = {}
         bounds = func.attrs.get("tir_var_upper_bound", {})
         new = self.visit_expr(func)
-        return new.with_attr("num_input", 1).with_attr(
+        return new.with_attr("num_input", len(self.inputs)).with_attr(
             "relax.rewrite_cuda_graph.capture_symbolic_vars", [str(name) for name in bounds]
         )
 
     def visit_dataflow_block_(self, block: relax.DataflowBlock) -> Any:
         self.builder_._begin_dataflow_block()
-        if self.copied is None:
-            self.copied = self.builder_.emit(_copy(self.input))
+        if not self.copied:
+            self.copied = {x: self.builder_.emit(_copy(x)) for x in self.inputs}
         for binding in block.bindings:
             if binding.var.same_as(self.result):
-                logits = self.builder_.emit(self.visit_expr(binding.value))
-                out = self.builder_.emit_output(_copy(logits))
+                value = self.visit_expr(binding.value)
+                if isinstance(value, relax.Tuple):  # (logits, cache)
+                    fields = [self._copied(field) for field in value.fields]
+                    out = self.builder_.emit_output(relax.Tuple(fields))
+                else:
+                    out = self.builder_.emit_output(_copy(self.builder_.emit(value)))
                 self.set_var_remap(binding.var, out)
             else:
                 self.visit_binding(binding)
         return self.builder_._end_block()
 
+    def _copied(self, x: Any) -> Any:
+        return self.builder_.emit(_copy(x)) if isinstance(x.ty, relax.TensorType) else x
+
     def visit_var_(self, var: Any) -> Any:
-        if self.copied is not None and var.same_as(self.input):
-            return self.copied
+        if var in self.copied:
+            return self.copied[var]
         return super().visit_var_(var)
 
 

@@ -16,12 +16,14 @@ from relax_passes.attention_site import AttentionSite
 from relax_passes.derive import Derived, argument, derive
 from relax_passes.elements import ElementView
 from relax_passes.graph import Graph, shape_of
+from relax_passes.inject_cuda import check_cuda, even_order, with_even_queries
 from relax_passes.logits import NotProvenError
 from relax_passes.output_view import OutputView, find_output
 from relax_passes.recognize import find_sites
 from relax_passes.report import Report
 from relax_passes.targets import kernel_cpu
 from relax_passes.views import StridedView, widens
+from tvm_flashinfer import jit_cuda
 from tvm_flashinfer.jit import AttentionSpec, KernelArtifact, build_attention
 
 RUNTIME_FUNCTION = "tvm_flashinfer.graph_attention"
@@ -63,7 +65,8 @@ class InjectAttention:
     Parameters
     ----------
     target : tvm.target.Target | None
-        An ``llvm`` target; None takes the current one.
+        An ``llvm`` or ``cuda`` target; None takes the current one.  CUDA kernels take float16 and
+        bfloat16, and read 16 bytes at a time.
     strict : bool
         Whether an attention that is left alone is an error.
     report : Report | None
@@ -97,7 +100,7 @@ class InjectAttention:
         mod = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
         for gvar, func in list(mod.functions_items()):
             if isinstance(func, relax.Function):
-                new = self._function(func, kernels)
+                new = self._function(mod, func, kernels)
                 if new is not func:
                     mod.update_func(gvar, new)
         if kernels and self.build is None:
@@ -109,7 +112,9 @@ class InjectAttention:
             mod = mod.with_attr("external_mods", [*known, *added])
         return mod
 
-    def _function(self, func: relax.Function, kernels: dict[str, KernelArtifact]) -> relax.Function:
+    def _function(
+        self, mod: tvm.IRModule, func: relax.Function, kernels: dict[str, KernelArtifact]
+    ) -> relax.Function:
         graph = Graph(func)
         sites = find_sites(func, graph)
         if not sites:
@@ -126,7 +131,7 @@ class InjectAttention:
             self.report.extend([site], rewritten=site.recognised)
             if self.strict and not site.recognised:
                 raise InjectError(f"attention {site.name!r} is left alone: {site.reason}.")
-        return _rewrite(func, written) if written else func
+        return _rewrite(mod, func, written) if written else func
 
     def _prepare(
         self,
@@ -136,9 +141,11 @@ class InjectAttention:
         kernels: dict[str, KernelArtifact],
     ) -> _Call:
         target = self.target or tvm.target.Target.current()
-        if self.build is None and (target is None or target.kind.name != "llvm"):
-            kind = "no" if target is None else target.kind.name
-            raise NotProvenError(f"the target is {kind}; kernels are compiled for llvm targets")
+        kind = "no" if target is None else str(target.kind.name)
+        if self.build is None and kind not in ("llvm", "cuda"):
+            raise NotProvenError(
+                f"the target is {kind}; kernels are compiled for llvm and cuda targets"
+            )
         derived = derive(view, site)
         out = find_output(graph, view, site)
         q, k, v = site.operands
@@ -152,12 +159,21 @@ class InjectAttention:
             spec = AttentionSpec(out.dtype, k.dtype, q.dim, v.dim, derived.variant)
         except ValueError as err:
             raise NotProvenError(str(err)) from err
-        if self.build is not None:
-            kernel = self.build(spec)
-        else:
-            kernel = build_attention(spec, mcpu=kernel_cpu(target), progress=self.progress)
+        on_cuda = kind == "cuda"
+        if on_cuda:
+            check_cuda(view, spec, (q, k, v))
+        kernel = self._build(spec, target)
         kernels[kernel.symbol] = kernel
-        return _Call(site, derived, out, kernel.symbol)
+        return _Call(site, derived, out, kernel.symbol, view if on_cuda else None)
+
+    def _build(self, spec: AttentionSpec, target: Any) -> KernelArtifact:
+        if self.build is not None:
+            return self.build(spec)
+        if target.kind.name == "cuda":
+            return jit_cuda.build_attention(
+                spec, arch=str(target.attrs["arch"]), progress=self.progress
+            )
+        return build_attention(spec, mcpu=kernel_cpu(target), progress=self.progress)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -166,10 +182,13 @@ class InjectAttention:
 
 @dataclass(frozen=True)
 class _Call:
+    """``even`` is given where requests must lie one after another (inject_cuda.py)."""
+
     site: AttentionSite
     derived: Derived
     out: OutputView
     symbol: str
+    even: ElementView | None = None
 
     @property
     def replaced(self) -> Any:
@@ -181,10 +200,14 @@ class _Call:
         q, k, v = site.operands
         at = site.frame.at
         sizes = {"B": site.batch, "S": site.query_length, "H": at.heads}
-        shape = [*(sizes[axis] for axis in self.out.order), v.dim]
+        order = self.out.order
+        if self.even is not None:
+            q = with_even_queries(builder, self.even, q, site.batch, site.query_length)
+            order = even_order(order, site.batch)
+        shape = [*(sizes[axis] for axis in order), v.dim]
         strides = dict.fromkeys("BSH", tirx.IntImm("int64", 0))
         step: Any = tirx.IntImm("int64", v.dim)
-        for axis in reversed(self.out.order):
+        for axis in reversed(order):
             strides[axis] = step
             step = step * sizes[axis]
         spec = [
@@ -220,19 +243,26 @@ class _Call:
             ],
             out_ty=relax.TensorType(shape, self.out.dtype),
         )
+        if order != self.out.order:
+            axes = [*(order.index(axis) for axis in self.out.order), 3]
+            call = builder.emit(relax.op.permute_dims(builder.emit(call), axes))
+            shape = [shape[axis] for axis in axes]
         wanted = shape_of(self.out.var) or []
         if len(shape) == len(wanted) and all(map(structural_equal, shape, wanted)):
             return call
-        return relax.op.reshape(builder.emit(call), wanted)
+        return relax.op.reshape(call if isinstance(call, relax.Var) else builder.emit(call), wanted)
 
 
 def _spec(view: StridedView) -> list[Any]:
     return [view.offset, view.batch, view.head, view.token]
 
 
-def _rewrite(func: relax.Function, written: dict[Any, _Call]) -> relax.Function:
-    """The function with each replaced value bound to a call; what only the old one read is gone."""
-    builder = relax.BlockBuilder()
+def _rewrite(mod: tvm.IRModule, func: relax.Function, written: dict[Any, _Call]) -> relax.Function:
+    """The function with each replaced value bound to a call; what only the old one read is gone.
+
+    TIR functions that the calls' operands need become the module's.
+    """
+    builder = relax.BlockBuilder(mod)
     builder.begin_scope(list(func.params))
     blocks = []
     for block in func.body.blocks:
@@ -248,6 +278,9 @@ def _rewrite(func: relax.Function, written: dict[Any, _Call]) -> relax.Function:
             builder.emit_normalized(binding)
         blocks.append(builder._end_block())
     builder.end_scope()
+    for gvar, made in builder.get().functions_items():
+        if isinstance(made, tirx.PrimFunc) and gvar not in mod.functions:
+            mod.update_func(gvar, made)
     body = relax.SeqExpr(blocks, func.body.body)
     new = relax.Function(func.params, body, func.ret_ty, func.is_pure, func.attrs)
     return relax.analysis.remove_all_unused(new)

@@ -2,14 +2,15 @@
 # Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
 #
 # Compiles what scripts/gpu_check.sh runs, on a machine with nvcc, TVM and torch but no GPU, into
-# build/gpu_bundle (some 20 MB): the attention modules for sm_80 and sm_90a, kernel tables of the variants,
-# compiled models, and
-# TVM's runtime. Copy the tree with that folder to the GPU machine: nothing is compiled there.
+# build/gpu_bundle, and packs it into build/gpu_bundle.tar.xz (some 30 MB): the attention modules for
+# sm_80 and sm_90a, kernel tables of the variants, compiled models, and TVM's runtime. Copy the tree with
+# one of the two to the GPU machine: nothing is compiled there.
 #
 #   scripts/gpu_bundle.sh [FOLDER]        PYTHON_TAG=312: Python of the GPU machine
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder="${1:-build/gpu_bundle}"
+folder="${folder%/}"
 python="${PYTHON:-python3}"
 tag="${PYTHON_TAG:-312}"
 mkdir -p "$folder/models" "$folder/packages"
@@ -39,6 +40,7 @@ with tarfile.open(sys.argv[1], "w:xz") as archive:
 PY
 library="$("$python" -c 'import tvm_flashinfer._library as l; print(l.library_path())')"
 cp "$library" "$folder/packages/libtvm_flashinfer.so"
+cp "$(dirname "$library")/build_info.json" "$folder/packages/"
 if ! ls "$folder"/packages/apache_tvm_ffi-*-cp"$tag"-*.whl >/dev/null 2>&1; then
   version="$("$python" -c 'from importlib.metadata import version; print(version("apache-tvm-ffi"))')"
   platforms=()
@@ -46,4 +48,5 @@ if ! ls "$folder"/packages/apache_tvm_ffi-*-cp"$tag"-*.whl >/dev/null 2>&1; then
   "$python" -m pip download -q --no-deps --only-binary=:all: --python-version "${tag:0:1}.${tag:1}" \
     --implementation cp "${platforms[@]}" -d "$folder/packages" "apache-tvm-ffi==$version"
 fi
-du -sh "$folder"
+tar -c -C "$(dirname "$folder")" "$(basename "$folder")" | xz -1 -T0 >"$folder.tar.xz"
+du -sh "$folder" "$folder.tar.xz"

@@ -5,15 +5,18 @@
 # scripts/gpu_bundle.sh made, in at most ten minutes, and prints one table last. A part that fails or
 # takes too long does not stop the others; the exit status is the number of failed parts.
 #
-#   scripts/gpu_check.sh [FOLDER] [PART...]     parts: models tests variants sm80
-#                                             sanitizer model attention measures; and racecheck,
+#   scripts/gpu_check.sh [FOLDER] [PART...]     parts: models tests variants cache sm80
+#                                             sanitizer model attention measures host; and racecheck,
 # which is not among the default ones: docs/benchmarks-cuda.md says what it reports.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-folder="$(realpath "${1:-build/gpu_bundle}")"
+folder="${1:-build/gpu_bundle}"
+folder="${folder%/}"
+[[ -d $folder ]] || tar -xJf "$folder.tar.xz" -C "$(dirname "$folder")"
+folder="$(realpath "$folder")"
 shift || true
 parts=("$@")
-((${#parts[@]})) || parts=(models tests variants sm80 sanitizer model attention measures)
+((${#parts[@]})) || parts=(models tests variants cache sm80 sanitizer model attention measures host)
 python="${PYTHON:-python3}"
 log="${OUT:-$folder/log}"
 mkdir -p "$log"
@@ -47,9 +50,10 @@ part() { # NAME SECONDS COMMAND...
   ((status == 0)) || { failed=$((failed + 1)); tail -n "${FAILED_LINES:-30}" "$log/$name.log"; }
 }
 
-part models 150 "${pytest[@]}" tests/gpu/test_gpu_model.py
+part models 150 "${pytest[@]}" tests/gpu/test_gpu_model.py tests/gpu/test_gpu_inject.py
 part tests 120 "${pytest[@]}" tests/gpu/test_gpu_attention.py
 part variants 120 "${pytest[@]}" tests/gpu/test_gpu_variants.py
+part cache 120 "${pytest[@]}" tests/gpu/test_gpu_kv_cache.py
 part sm80 120 env TVM_FLASHINFER_GPU_ARCH=80 "${pytest[@]}" tests/gpu/test_gpu_attention.py
 part sanitizer 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
   "${pytest[@]}" tests/gpu -k "shared_prefix or window or forks or trees or latent"
@@ -58,7 +62,8 @@ part racecheck 90 compute-sanitizer --tool racecheck --error-exitcode 9 \
 part model 150 "$python" tests/gpu/bench_model.py --json "$log/model.json" ${MODEL_OPTIONS:-}
 part attention 200 "$python" tests/gpu/bench_attention.py
 part measures 60 "$python" tests/gpu/bench_variants.py
-for name in model attention measures; do
+part host 60 "$python" tests/gpu/bench_host.py
+for name in model attention measures host; do
   [[ -f $log/$name.log && " ${parts[*]} " == *" $name "* ]] && tail -n 70 "$log/$name.log"
 done
 printf '%s\n' "${summary[@]}"

@@ -62,6 +62,12 @@ def _kernel(spec: AttentionSpec, device: tuple[str, int]) -> tvm_ffi.Function:
     return load_kernel(_build(spec, device, _say))
 
 
+@functools.cache
+def _merge_kernel(dtype: str, device: tuple[str, int]) -> tvm_ffi.Function:
+    arch = _cuda.device_arch(device[1])
+    return load_kernel(jit_cuda.build_merge_states(dtype, arch=arch, progress=_say))
+
+
 def _kernel_of(
     spec: AttentionSpec, device: tuple[str, int], progress: Progress | None
 ) -> tvm_ffi.Function:
@@ -490,7 +496,7 @@ def merge_states(
     Parameters
     ----------
     o_a, o_b : tensors [tokens, heads, dim]
-        Outputs; float32, float16 or bfloat16.
+        Outputs; float32, float16 or bfloat16, on the CPU or a CUDA device.
     lse_a, lse_b : float32 tensors [tokens, heads]
         Natural log-sum-exp; ``-inf`` of an empty set.
     out, lse : tensors, optional
@@ -506,12 +512,16 @@ def merge_states(
         out = empty_like(o_a, tuple(a.shape), str(a.dtype))
     if lse is None:
         lse = empty_like(lse_a, tuple(as_tensor("lse_a", lse_a).shape), "float32")
-    _packed("merge_states")(
-        a,
-        as_tensor("lse_a", lse_a),
-        as_tensor("o_b", o_b),
-        as_tensor("lse_b", lse_b),
-        as_tensor("out", out),
-        as_tensor("lse", lse),
-    )
+    device = a.device.type, a.device.index
+    kernel = (_merge_kernel(str(a.dtype), device),) if device[0] == "cuda" else ()
+    with _cuda.on_torch_stream(device):
+        _packed("merge_states")(
+            a,
+            as_tensor("lse_a", lse_a),
+            as_tensor("o_b", o_b),
+            as_tensor("lse_b", lse_b),
+            as_tensor("out", out),
+            as_tensor("lse", lse),
+            *kernel,
+        )
     return out, lse

@@ -30,6 +30,8 @@ from .jit import (
 from .jit import glue_source as _cpu_glue_source
 
 CPP_TYPES = {"float16": "tvm_flashinfer::Float16", "bfloat16": "tvm_flashinfer::BFloat16"}
+#: Of outputs whose states are merged.
+MERGED_TYPES = {"float32": "float"} | CPP_TYPES
 #: Heads above this leave no room for the large tile's registers.
 LARGE_HEAD_DIM = 128
 #: Values above this are shared by several warps, evenly, and so are multiples of 64.
@@ -175,6 +177,41 @@ def build_attention(
         f"attention {spec.label}",
         flags,
         kernel_source(spec, table),
+        glue_source(symbol, table),
+        (symbol,),
+        progress,
+    )
+
+
+def merge_states_source(dtype: str, table: str) -> str:
+    """CUDA C++ whose ``table()`` merges attention states with outputs of a dtype."""
+    if dtype not in MERGED_TYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected {', '.join(MERGED_TYPES)}")
+    return f"""#include <tvm_flashinfer/cuda/merge_table.cuh>
+
+__attribute__((visibility("hidden"))) const tvm_flashinfer::CudaKernel* {table}() {{
+  return tvm_flashinfer::cuda::MergeTable<{MERGED_TYPES[dtype]}>();
+}}
+"""
+
+
+def build_merge_states(
+    dtype: str, *, arch: str, progress: Progress | None = None
+) -> KernelArtifact:
+    """Compile a table that merges attention states with outputs of a dtype, or find it in the
+    cache.
+
+    Errors are those of :func:`build_attention`.
+    """
+    flags = _flags(cuda_arch(arch))
+    digest = _digest(merge_states_source(dtype, "table"), flags)
+    symbol = f"tvm_flashinfer_cuda_merge_states_{dtype}_{digest}"
+    table = f"{symbol}_table"
+    return _cached(
+        symbol,
+        f"merging of states, {dtype}",
+        flags,
+        merge_states_source(dtype, table),
         glue_source(symbol, table),
         (symbol,),
         progress,

@@ -97,7 +97,8 @@ void CpuStepRunner::Begin(const StepLayout& layout) {
   }
 }
 
-void CpuStepRunner::Append(const PoolView& pool, TokenHeads* q, TokenHeads k, TokenHeads v) {
+void CpuStepRunner::Append(const PoolView& pool, TokenHeads* q, TokenHeads k, TokenHeads v,
+                           int32_t) {
   if (rope_.has_value()) {
     const int64_t dim = config_.head_dim_qk;
     const auto rotate = [&](TokenHeads* operand, const Tensor& to, int32_t heads) {

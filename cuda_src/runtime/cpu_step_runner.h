@@ -20,7 +20,8 @@ class CpuStepRunner final : public StepRunner {
   void Begin(const StepLayout& layout) final;
   tvm::runtime::Tensor Positions() const final { return positions_; }
   tvm::runtime::Tensor Origins() const final { return origins_; }
-  void Append(const PoolView& pool, TokenHeads* q, TokenHeads k, TokenHeads v) final;
+  void Append(const PoolView& pool, TokenHeads* q, TokenHeads k, TokenHeads v,
+              int32_t num_tokens) final;
   void Attend(AttentionParams* params) final;
   void Copy(void* to, const void* from, int64_t bytes) final;
   void Wait() final {}  // every call returns when it is done

@@ -21,6 +21,13 @@ void* CurrentStream(DLDevice device) {
   return TVMFFIEnvGetStream(device.device_type, device.device_id);
 }
 
+void FillWithNaN(const Tensor& t) {
+  int64_t bytes = t->dtype.bits / 8;
+  for (int axis = 0; axis < t->ndim; ++axis) bytes *= t->shape[axis];
+  const std::vector<char> ones(bytes, static_cast<char>(0xff));  // in every format a NaN
+  Tensor(t).CopyFromBytes(ones.data(), ones.size());
+}
+
 void CheckCuda(const char* error, const char* what) {
   TVM_FLASHINFER_CHECK(error == nullptr, RuntimeError) << what << ": " << error;
 }
@@ -88,11 +95,14 @@ StagingBuffer::~StagingBuffer() {
   kernel_.event_destroy(event_);
 }
 
+void StagingBuffer::Wait() {
+  if (!in_flight_) return;
+  CheckCuda(kernel_.event_wait(event_), "waiting for the copy of a plan");
+  in_flight_ = false;
+}
+
 char* StagingBuffer::Acquire(int64_t bytes) {
-  if (in_flight_) {
-    CheckCuda(kernel_.event_wait(event_), "waiting for the copy of an earlier plan");
-    in_flight_ = false;
-  }
+  Wait();
   if (bytes > capacity_) {
     void* memory = nullptr;
     const int64_t capacity = std::max(bytes, capacity_ * 3 / 2);

@@ -20,6 +20,9 @@ namespace tvm_flashinfer {
 /*! \brief The FFI environment's stream of a device, which becomes the current one. */
 void* CurrentStream(DLDevice device);
 
+/*! \brief Fill a tensor of floating point with NaN, and wait for it. */
+void FillWithNaN(const tvm::runtime::Tensor& t);
+
 /*! \throws RuntimeError if a call of a kernel table failed; `what` says what it was for. */
 void CheckCuda(const char* error, const char* what);
 
@@ -52,6 +55,8 @@ class StagingBuffer {
   char* data() const { return data_; }
   /*! \brief Start the copy of the first `bytes`. */
   void Send(void* device, int64_t bytes, void* stream);
+  /*! \brief Wait until the copy in flight, if there is one, has been made. */
+  void Wait();
 
  private:
   const CudaKernel& kernel_;
@@ -103,6 +108,8 @@ class CudaPlan {
    */
   char* Make(const ScheduleInput& in, int64_t num_pages);
   void Send(void* stream);
+  /*! \brief Wait until what was sent is there. */
+  void Wait() { stagings_.current().Wait(); }
 
   /*! \brief The plan made last, in host memory. */
   const int32_t* host() const {
@@ -113,6 +120,11 @@ class CudaPlan {
   /*! \brief The header, on the device. */
   const tvm::runtime::Tensor& block() const { return block_; }
   void Describe(AttentionParams* params) const;
+  /*! \brief See StepRunner::PoisonWorkspace. */
+  void PoisonWorkspace() const {
+    FillWithNaN(o_partial_);
+    FillWithNaN(lse_partial_);
+  }
 
  private:
   PlanBounds bounds_;

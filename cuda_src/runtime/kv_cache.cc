@@ -266,6 +266,15 @@ Tensor KVCacheObj::GetQueryPositions() {
   return runner_->Positions().CreateView({layout_.num_tokens()}, {kDLInt, 32, 1});
 }
 
+Tensor KVCacheObj::PaddedQueryPositions(int64_t num_tokens) {
+  GetQueryPositions();
+  TVM_FLASHINFER_CHECK(num_tokens >= layout_.num_tokens() && num_tokens <= config_.max_q_tokens(),
+                       ValueError)
+      << "argument `num_tokens` is " << num_tokens << ", expected " << layout_.num_tokens()
+      << ", the tokens of the step, to " << config_.max_q_tokens();
+  return runner_->Positions().CreateView({num_tokens}, {kDLInt, 32, 1});
+}
+
 int64_t KVCacheObj::GraphKey() const {
   int64_t key = runner_->GraphKey();
   for (const LayerGroup& group : groups_) key = key * 1000003 + group.runner->GraphKey();

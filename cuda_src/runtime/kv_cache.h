@@ -123,6 +123,8 @@ class KVCacheObj : public AttentionKVCacheInterface {
   void EndForward() final;
   void CommitAcceptedTokenTreeNodes(const Shape& seq_ids, const Shape& leaf_indices) final;
   Tensor GetQueryPositions() final;
+  /*! \brief The same of a step padded to `num_tokens`; those of the padding mean nothing. */
+  Tensor PaddedQueryPositions(int64_t num_tokens);
 
   // Attention.
   /*!
@@ -149,6 +151,9 @@ class KVCacheObj : public AttentionKVCacheInterface {
                  const DLTensor& v, const DLTensor& o, bool head_major);
   /*!
    * \brief As Attention, of operands inside larger tensors, as a model's projections leave them.
+   *
+   * Operands may have more tokens than the step: their padding is neither stored nor attended, and
+   * nothing is written to it.
    * \param views Nine numbers: of q, k and v the first element, and how far heads and tokens lie
    * apart, in elements.
    * \param values Parameters of the layer's variant, less the window's, if it has any that the
@@ -167,6 +172,8 @@ class KVCacheObj : public AttentionKVCacheInterface {
   // The composable format: kv_cache_format.cc.
   /*! \brief Let the cost model choose which prefixes the steps to come share, or overrule it. */
   void UseFormat(FormatChoice choice);
+  /*! \brief See StepRunner::PoisonWorkspace. */
+  void PoisonWorkspace();
   /*! \brief A copy of a section of the last step's plan, int32; see PlanSection. */
   Tensor PlanSectionOf(const std::string& name) const;
 
@@ -283,7 +290,12 @@ class KVCacheObj : public AttentionKVCacheInterface {
   void CopyPages();
   void CopyToken(int64_t from_slot, int64_t to_slot);
 
-  void Append(int32_t layer, TokenHeads* q, TokenHeads k, TokenHeads v);
+  void Append(int32_t layer, TokenHeads* q, TokenHeads k, TokenHeads v, int64_t num_tokens);
+  /*!
+   * \brief Tokens that a layer's launches cover: with the padding of an operand [token, ...], so
+   * that one captured over a step serves others that are padded to the same length.
+   */
+  int64_t LaunchedTokens(const DLTensor& operand) const;
   /*! \brief Plan attention under a mask, unless the last layer had the same. */
   void PlanMask(int32_t layer, const Tensor& mask);
   void AttendMasked(int32_t layer, double sm_scale, TokenHeads q, TokenHeads o);

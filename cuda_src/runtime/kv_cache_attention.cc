@@ -3,6 +3,8 @@
 // The attention of one layer of a step, in the forms that models call.
 #include <tvm_flashinfer/variant.h>
 
+#include <algorithm>
+
 #include "check.h"
 #include "kv_cache.h"
 #include "tensor_view.h"
@@ -25,6 +27,15 @@ static Tensor WithoutPadding(const Tensor& t, int64_t tokens) {
   return t.CreateView({tokens, t->shape[1], t->shape[2]}, t->dtype);
 }
 
+int64_t KVCacheObj::LaunchedTokens(const DLTensor& operand) const {
+  const int64_t tokens = layout_.num_tokens();
+  if (operand.ndim != 3 || operand.shape[0] <= tokens || layout_.splits()) return tokens;
+  TVM_FLASHINFER_CHECK(operand.shape[0] <= config_.max_q_tokens(), ValueError)
+      << "operands are padded to " << operand.shape[0] << " tokens, a step of this cache holds at "
+      << "most " << config_.max_q_tokens();
+  return operand.shape[0];
+}
+
 void KVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Optional<Tensor> mask,
                                        Tensor o_data, double sm_scale) {
   const int32_t layer = CheckStep(layer_id);
@@ -37,7 +48,9 @@ void KVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Option
   const int64_t tokens = layout_.num_tokens();
   const int64_t heads = config_.num_qo_heads + 2 * config_.num_kv_heads;
   const DLDataType type = ToDLDataType(kernel_->q_type);
-  // A model may pad a step's tokens: what follows them is neither read nor written.
+  // A model may pad a step's tokens: what follows them is neither stored nor attended.
+  const int64_t launched = LaunchedTokens(*qkv_data.operator->());
+  const Tensor padded_qkv = qkv_data;
   qkv_data = WithoutPadding(qkv_data, tokens);
   o_data = WithoutPadding(o_data, tokens);
   CheckTensor("qkv_data", *qkv_data.operator->(), type, device_, {tokens, heads, dim});
@@ -53,15 +66,15 @@ void KVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Option
   };
   if (split_rotary_.has_value()) {
     const auto view = [&](const Tensor& whole, int64_t n) {
-      return whole.CreateView({tokens, n, dim}, type);
+      return whole.CreateView({launched, n, dim}, type);
     };
     const auto of_tokens = [&](const Tensor& positions) {
-      return positions.CreateView({tokens}, {kDLInt, 32, 1});
+      return positions.CreateView({launched}, {kDLInt, 32, 1});
     };
     Tensor q = view(rotated_q_, config_.num_qo_heads);
     Tensor k = view(rotated_k_, config_.num_kv_heads);
     Tensor v = view(split_v_, config_.num_kv_heads);
-    Tensor qkv = qkv_data.CreateView({tokens, heads, dim}, type);
+    Tensor qkv = padded_qkv.CreateView({launched, heads, dim}, type);
     if (layout_.splits()) {
       DLTensor twins = *q.operator->();
       twins.data =
@@ -75,12 +88,13 @@ void KVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Option
     TokenHeads rotated = operand(q, config_.num_qo_heads);
     const TokenHeads keys =
         stores_rotated() ? operand(k, config_.num_kv_heads) : head(config_.num_qo_heads);
-    Append(layer, &rotated, keys, operand(v, config_.num_kv_heads));
+    Append(layer, &rotated, keys, operand(v, config_.num_kv_heads), launched);
     attend(rotated, o);
     return;
   }
   TokenHeads q = head(0);
-  Append(layer, &q, head(config_.num_qo_heads), head(config_.num_qo_heads + config_.num_kv_heads));
+  Append(layer, &q, head(config_.num_qo_heads), head(config_.num_qo_heads + config_.num_kv_heads),
+         launched);
   attend(q, o);
 }
 
@@ -105,7 +119,7 @@ void KVCacheObj::Attention(int64_t layer_id, double sm_scale, const DLTensor& q,
   const TokenHeads k_in = operand("k", k, config_.num_kv_heads, config_.head_dim_qk, head_major);
   const TokenHeads v_in = operand("v", v, config_.num_kv_heads, config_.head_dim_vo, head_major);
   const TokenHeads out = operand("o", o, config_.num_qo_heads, config_.head_dim_vo, false);
-  Append(layer, &q_in, k_in, v_in);
+  Append(layer, &q_in, k_in, v_in, tokens);
   Attend(layer, sm_scale, q_in, out);
 }
 
@@ -120,7 +134,8 @@ void KVCacheObj::AttentionViews(int64_t layer_id, double sm_scale, const Shape& 
       << "argument `views` has " << views.size() << " entries, expected 9: first element, distance "
       << "of heads and distance of tokens, of q, k and v";
   const DLDataType type = ToDLDataType(kernel_->q_type);
-  const int64_t tokens = layout_.num_tokens();
+  const int64_t tokens = std::max<int64_t>(layout_.num_tokens(), o.ndim == 3 ? o.shape[0] : 0);
+  const int64_t launched = LaunchedTokens(o);
   const auto operand = [&](const char* name, const DLTensor& t, int64_t heads, int64_t dim,
                            int index) -> TokenHeads {
     CheckContiguous(name, t, type, device_);
@@ -142,7 +157,7 @@ void KVCacheObj::AttentionViews(int64_t layer_id, double sm_scale, const Shape& 
   CheckTensor("o", o, type, device_, {tokens, config_.num_qo_heads, config_.head_dim_vo});
   if (values.size() > 0) BindVariant(layer, values);
   const int64_t vo = config_.head_dim_vo;
-  Append(layer, &q_in, k_in, v_in);
+  Append(layer, &q_in, k_in, v_in, launched);
   Attend(layer, sm_scale, q_in, {DataOf(o), config_.num_qo_heads * vo, vo});
 }
 
@@ -197,10 +212,12 @@ tvm::ffi::Array<Tensor> KVCacheObj::MergeAttnOutputInplace(Tensor o_self_attn, T
   return {copy(o_self_attn), copy(lse_self_attn)};
 }
 
-void KVCacheObj::Append(int32_t layer, TokenHeads* q, TokenHeads k, TokenHeads v) {
+void KVCacheObj::Append(int32_t layer, TokenHeads* q, TokenHeads k, TokenHeads v,
+                        int64_t num_tokens) {
   StepRunner* runner = RunnerOf(layer);
   if (!runner->has_variant()) call_variant_.Get(*KernelOf(layer));  // throws: none is bound
-  runner->Append({layers_[layer].k, layers_[layer].v, k_strides_, v_strides_}, q, k, v);
+  runner->Append({layers_[layer].k, layers_[layer].v, k_strides_, v_strides_}, q, k, v,
+                 static_cast<int32_t>(num_tokens));
   layer_states_[layer].stored = true;
   if (!step_sends_.empty()) SendStored(layer);
 }

@@ -19,6 +19,17 @@ void KVCacheObj::UseFormat(FormatChoice choice) {
   for (LayerGroup& group : groups_) group.runner->UseFormat(choice);
 }
 
+void StepRunner::PoisonWorkspace() {
+  TVM_FFI_THROW(NotImplementedError) << "this cache's workspace is not on a GPU";
+}
+
+void KVCacheObj::PoisonWorkspace() {
+  for (StepRunner* runner : {runner_.get(), past_.get(), own_.get(), masked_.get()}) {
+    if (runner != nullptr) runner->PoisonWorkspace();
+  }
+  for (LayerGroup& group : groups_) group.runner->PoisonWorkspace();
+}
+
 Tensor KVCacheObj::PlanSectionOf(const std::string& name) const {
   const PlanOnHost plan = runner_->LastPlan();
   TVM_FLASHINFER_CHECK(plan.buffer != nullptr, RuntimeError)
@@ -52,6 +63,8 @@ void UseFormat(AttentionKVCache cache, std::string choice) {
   Ours(cache)->UseFormat(static_cast<FormatChoice>(found - names));
 }
 
+void PoisonWorkspace(AttentionKVCache cache) { Ours(cache)->PoisonWorkspace(); }
+
 Tensor PlanSectionOf(AttentionKVCache cache, std::string name) {
   return Ours(cache)->PlanSectionOf(name);
 }
@@ -59,6 +72,7 @@ Tensor PlanSectionOf(AttentionKVCache cache, std::string name) {
 TVM_FFI_STATIC_INIT_BLOCK() {
   tvm::ffi::reflection::GlobalDef()
       .def("tvm_flashinfer.kv_cache_use_format", UseFormat)
+      .def("tvm_flashinfer.kv_cache_poison_workspace", PoisonWorkspace)
       .def("tvm_flashinfer.kv_cache_plan_section", PlanSectionOf);
 }
 

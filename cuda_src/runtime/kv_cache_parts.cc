@@ -127,7 +127,7 @@ void KVCacheObj::AppendMLAKV(int64_t layer_id, Tensor kv_data) {
               {layout_.num_tokens(), dim});
   const TokenHeads rows{DataOf(*kv_data.operator->()), dim, dim};
   TokenHeads no_queries{};
-  Append(layer, &no_queries, rows, rows);
+  Append(layer, &no_queries, rows, rows, layout_.num_tokens());
 }
 
 /*! Call copy(pool row, row of kv_data, bytes). */

@@ -130,9 +130,15 @@ AttentionKVCache CreateKVCache(Shape bounds, Shape layers, Shape heads, Function
       Creation(bounds, layers, heads, std::move(kernel), std::move(init)).Make());
 }
 
-RopeConfig ReadRope(const Tensor& frequencies, double magnitude, bool interleaved,
-                    int64_t head_dim) {
-  CheckTensor("frequencies", *frequencies.operator->(), {kDLFloat, 32, 1}, {kDLCPU, 0}, {-1});
+/*! \param frequencies On any device: a compiled model keeps its constants on its own. */
+RopeConfig ReadRope(Tensor frequencies, double magnitude, bool interleaved, int64_t head_dim) {
+  CheckTensor("frequencies", *frequencies.operator->(), {kDLFloat, 32, 1}, frequencies->device,
+              {-1});
+  if (frequencies->device.device_type != kDLCPU) {
+    Tensor host = Tensor::Empty(frequencies.Shape(), frequencies->dtype, {kDLCPU, 0});
+    host.CopyFrom(frequencies);
+    frequencies = host;
+  }
   RopeConfig rope;
   const int64_t pairs = frequencies->shape[frequencies->ndim - 1];
   TVM_FLASHINFER_CHECK(2 * pairs <= head_dim, ValueError)
@@ -277,10 +283,25 @@ void KVCacheAttentionViews(tvm::ffi::PackedArgs args, tvm::ffi::Any*) {
 }
 
 /*!
- * \brief As vm.builtin.attention_kv_cache_get_query_positions, which Relax's graph capture excludes
- * by its name.
+ * tvm_flashinfer.kv_cache_query_positions(cache[, {num_tokens}])
+ *
+ * As vm.builtin.attention_kv_cache_get_query_positions, which Relax's graph capture excludes by its
+ * name; of a step that is padded to so many tokens.
  */
-Tensor QueryPositions(AttentionKVCache cache) { return Ours(cache)->GetQueryPositions(); }
+void QueryPositions(tvm::ffi::PackedArgs args, tvm::ffi::Any* result) {
+  TVM_FLASHINFER_CHECK(args.size() == 1 || args.size() == 2, TypeError)
+      << "kv_cache_query_positions takes cache and, of a padded step, its tokens; " << args.size()
+      << " arguments were given";
+  KVCacheObj* cache = Ours(args[0].cast<AttentionKVCache>());
+  if (args.size() == 1) {
+    *result = cache->GetQueryPositions();
+    return;
+  }
+  const auto num_tokens = args[1].cast<Shape>();
+  TVM_FLASHINFER_CHECK(num_tokens.size() == 1, ValueError)
+      << "argument `num_tokens` has " << num_tokens.size() << " entries, expected one";
+  *result = cache->PaddedQueryPositions(num_tokens[0]);
+}
 
 int64_t GraphKey(AttentionKVCache cache) { return Ours(cache)->GraphKey(); }
 
@@ -309,7 +330,7 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("tvm_flashinfer.kv_cache_attention_bhsd", KVCacheAttention<true>)
       .def("tvm_flashinfer.kv_cache_attention_with_mask", AttentionWithMask)
       .def_packed("tvm_flashinfer.kv_cache_attention_views", KVCacheAttentionViews)
-      .def("tvm_flashinfer.kv_cache_query_positions", QueryPositions)
+      .def_packed("tvm_flashinfer.kv_cache_query_positions", QueryPositions)
       .def("tvm_flashinfer.kv_cache_graph_key", GraphKey)
       .def("tvm_flashinfer.kv_cache_debug_set_kv", DebugSetKV)
       .def("tvm_flashinfer.kv_cache_debug_set_kv_mla", DebugSetKVMLA);

@@ -55,8 +55,12 @@ class StepRunner {
   virtual tvm::runtime::Tensor Positions() const = 0;
   /*! \brief The same of StepLayout::origins: positions that queries and keys are rotated by. */
   virtual tvm::runtime::Tensor Origins() const = 0;
-  /*! \brief Rotate the step's queries and keys, if the cache rotates, and store keys and values. */
-  virtual void Append(const PoolView& pool, TokenHeads* q, TokenHeads k, TokenHeads v) = 0;
+  /*!
+   * \brief Rotate the step's queries and keys, if the cache rotates, and store keys and values.
+   * \param num_tokens Of the operands: what follows the step's tokens is padding, stored nowhere.
+   */
+  virtual void Append(const PoolView& pool, TokenHeads* q, TokenHeads k, TokenHeads v,
+                      int32_t num_tokens) = 0;
   /*! \brief Attention of one layer; fills in what the plan and the workspace decide. */
   virtual void Attend(AttentionParams* params) = 0;
   /*! \brief Copy to or from the device's memory, in the order of the other calls. */
@@ -87,6 +91,11 @@ class StepRunner {
   virtual int64_t GraphKey() const = 0;
   /*! \brief Who decides which prefixes a step shares. */
   void UseFormat(FormatChoice choice) { format_.Use(choice); }
+  /*!
+   * \brief Fill with NaN what a run may write before it reads it, to show that nothing of it is
+   * read; for tests of captured steps.
+   */
+  virtual void PoisonWorkspace();
   /*! \brief The plan that was made last, on the host; sections as bounds lay them out. */
   virtual PlanOnHost LastPlan() const = 0;
 

@@ -32,8 +32,8 @@ class CacheShape:
 
 
 class Backend(Protocol):
-    #: The packed function that gives a cache's query positions.
-    query_positions: str
+    def query_positions(self, cache: Any, tokens: Any) -> Any:
+        """The expression for int32 [tokens]: where each token stands in its own sequence."""
 
     def attention(
         self, emit: Emitter, cache: Any, layer: Layer, q: Any, k: Any, v: Any, values: list[Any]
@@ -56,14 +56,20 @@ class Ours:
         The kernel of a group: the symbol of its factory function.
     """
 
-    # Not TVM's: graph capture excludes vm.builtin functions by their names.
-    query_positions = "tvm_flashinfer.kv_cache_query_positions"
-
     def __init__(self, layers: Sequence[Layer], symbol: Callable[[Group], str]) -> None:
         self.symbol = symbol
         self.members: dict[Group, list[int]] = {}
         for layer in layers:
             self.members.setdefault(layer.group, []).append(layer.number)
+
+    def query_positions(self, cache: Any, tokens: Any) -> Any:
+        # Not TVM's: graph capture excludes vm.builtin functions by their names.
+        return relax.call_pure_packed(
+            "tvm_flashinfer.kv_cache_query_positions",
+            cache,
+            relax.ShapeExpr([tokens]),
+            ty_args=relax.TensorType((tokens,), "int32"),
+        )
 
     def attention(
         self, emit: Emitter, cache: Any, layer: Layer, q: Any, k: Any, v: Any, values: list[Any]
@@ -132,8 +138,6 @@ def _rotation(group: Group) -> list[Any]:
 class Tir:
     """TVM's paged KV cache with its TIR kernels."""
 
-    query_positions = "vm.builtin.attention_kv_cache_get_query_positions"
-
     def __init__(self, layers: Sequence[Layer], target: tvm.target.Target) -> None:
         self.target = target
         for layer in layers:
@@ -143,6 +147,13 @@ class Tir:
                     f"{layer.site.variant} with mask {layer.site.mask.describe()}; TVM's cache has "
                     "plain causal softmax only."
                 )
+
+    def query_positions(self, cache: Any, tokens: Any) -> Any:
+        return relax.call_pure_packed(
+            "vm.builtin.attention_kv_cache_get_query_positions",
+            cache,
+            ty_args=relax.TensorType((tokens,), "int32"),
+        )
 
     def attention(
         self, emit: Emitter, cache: Any, layer: Layer, q: Any, k: Any, v: Any, values: list[Any]

@@ -37,7 +37,8 @@ class PaginateAttention:
     After::
 
         def decode(input_ids: Tensor[(1, 1), "int32"], kv_cache, params: Tuple[w0, w1, ...]):
-            positions = R.call_pure_packed("tvm_flashinfer.kv_cache_query_positions", kv_cache)
+            positions = R.call_pure_packed(
+                "tvm_flashinfer.kv_cache_query_positions", kv_cache, R.shape([1]))
             ...
             o = R.call_dps_packed("tvm_flashinfer.kv_cache_attention_views",
                                   (kv_cache, layer, scale, views, qkv, qkv, qkv), out_ty=...)

@@ -176,13 +176,8 @@ class _Body:
     def positions(self) -> Any:
         """int32 [tokens]: where each token stands in its own sequence."""
         if self._positions is None:
-            self._positions = self.emit.emit(
-                relax.call_pure_packed(
-                    self.writer.backend.query_positions,
-                    self.cache,
-                    ty_args=relax.TensorType((self.signature.tokens,), "int32"),
-                )
-            )
+            backend, tokens = self.writer.backend, self.signature.tokens
+            self._positions = self.emit.emit(backend.query_positions(self.cache, tokens))
         return self._positions
 
     def _pick(self, x: Any, axis: int) -> Any:

@@ -16,6 +16,8 @@ namespace {
 using tvm_flashinfer::AttentionParams;
 using tvm_flashinfer::CudaAppendParams;
 using tvm_flashinfer::CudaKernel;
+using tvm_flashinfer::CudaMergeParams;
+using tvm_flashinfer::CudaMoveParams;
 
 std::deque<std::function<const char*()>> stream;
 
@@ -47,6 +49,12 @@ const char* Append(const CudaAppendParams* params, int32_t tokens, void*) {
   return Launch(
       [params = *params, tokens] { return emulated_table()->append(&params, tokens, nullptr); });
 }
+const char* Merge(const CudaMergeParams* params, void*) {
+  return Launch([params = *params] { return emulated_table()->merge(&params, nullptr); });
+}
+const char* Move(const CudaMoveParams* params, void*) {
+  return Launch([params = *params] { return emulated_table()->move(&params, nullptr); });
+}
 const char* Copy(void* to, const void* from, int64_t bytes, void*) {
   return Launch([=] { return emulated_table()->copy(to, from, bytes, nullptr); });
 }
@@ -70,6 +78,8 @@ void* Table() {
   static CudaKernel table = *emulated_table();
   table.run = Run;
   table.append = Append;
+  table.merge = Merge;
+  table.move = Move;
   table.copy = Copy;
   table.event_create = EventCreate;
   table.event_record = EventRecord;

@@ -18,13 +18,19 @@ from harness.build import EMULATOR, INCLUDE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kv_cache"))
 
-from cache_model import Dims, Twin, reference_attention, to_tvm
+from cache_model import reference_attention, to_tvm
+from cuda_scenarios import *  # noqa: F403  (its tests are collected here)
+from tables import emulated_table
 
-from tvm_flashinfer import jit, jit_cuda, kv_cache
+from tvm_flashinfer import _kv_kernels, jit, jit_cuda
 from tvm_flashinfer.kv_cache import KVCache
-from tvm_flashinfer.rope import RopeConfig
 
 DIM = 32
+
+
+@pytest.fixture(scope="module")
+def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernel_tables")
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +56,18 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def take(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cache made in the test takes this kernel."""
     build: Callable[..., None] = lambda *_args, **_options: None  # noqa: E731
-    monkeypatch.setattr(kv_cache, "build_attention", build)
-    monkeypatch.setattr(kv_cache, "load_kernel", lambda _artifact: kernel)
+    monkeypatch.setattr(_kv_kernels, "build_attention", build)
+    monkeypatch.setattr(_kv_kernels, "load_kernel", lambda _artifact: kernel)
 
 
 @pytest.fixture
-def on_emulator(emulated_library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    take(emulated_library.emulated, monkeypatch)
+def cuda_kernels(kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cache made in the test takes CUDA kernels, on the emulator."""
+    build: Callable[..., Any] = lambda spec, **_options: spec  # noqa: E731
+    monkeypatch.setattr(_kv_kernels, "build_attention", build)
+    monkeypatch.setattr(
+        _kv_kernels, "load_kernel", lambda spec: emulated_table(kernel_folder, spec)
+    )
 
 
 @pytest.fixture
@@ -64,129 +75,6 @@ def late_stream(emulated_library: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Kernels and copies run when the library's ``flush`` says so."""
     take(emulated_library.deferred, monkeypatch)
     return emulated_library
-
-
-def dims(**changes: Any) -> Dims:
-    return Dims(head_dim=DIM, dtype="float16", **changes)
-
-
-@pytest.mark.usefixtures("on_emulator")
-@pytest.mark.parametrize("page_size", [1, 5, 16])
-@pytest.mark.parametrize("form", ["token", "head", "fused"])
-def test_prefill_append_and_decode(form: str, page_size: int) -> None:
-    twin = Twin(dims(page_size=page_size))
-    for seq_id in range(3):
-        twin.add(seq_id)
-    twin.forward([0, 1, 2], [33, 1, 17], form)
-    twin.forward([2, 0], [5, 12], form)
-    for _ in range(4):  # more steps than staging buffers
-        twin.forward([1, 0, 2], [1, 1, 1], form)
-    twin.forward([], [])
-    twin.check()
-
-
-@pytest.mark.usefixtures("on_emulator")
-def test_fork_copies_the_shared_page() -> None:
-    twin = Twin(dims())
-    twin.add(0)
-    twin.forward([0], [21])
-    twin.fork(0, 1)
-    twin.fork(0, 2, 18)
-    twin.forward([0, 1, 2], [1, 2, 3])
-    twin.pop(1, 5)
-    twin.remove(0)
-    twin.forward([2, 1], [1, 1])
-    twin.check()
-
-
-@pytest.mark.usefixtures("on_emulator")
-@pytest.mark.parametrize("format", ["auto", "shared"])
-def test_forks_read_their_prefix_once(format: str) -> None:
-    """The tile grows until it holds the queries of all forks."""
-    twin = Twin(dims(num_layers=1))
-    twin.cache.use_format(format)
-    twin.add(0)
-    twin.forward([0], [60])
-    twin.forward([0], [60])
-    for child in range(1, 6):
-        twin.fork(0, child, 120 if child % 2 else 100)
-    for lengths in ([1] * 6, [1, 2, 1, 1, 3, 1], [1, 1, 1, 17, 1, 1]):
-        twin.forward([1, 3, 5, 0, 2, 4], lengths)
-        assert twin.cache.num_levels > 1
-    twin.cache.use_format("flat")
-    twin.forward([1, 3, 5, 0, 2, 4], [1] * 6)
-    assert twin.cache.num_levels == 1
-    twin.check()
-
-
-@pytest.mark.usefixtures("on_emulator")
-def test_windows_and_token_trees() -> None:
-    twin = Twin(dims(sliding_window=True, num_layers=1))
-    twin.add(0)
-    twin.add(1)
-    twin.enable_window(0, 24, 4)
-    twin.forward([0, 1], [30, 9])
-    twin.forward([0, 1], [1, 1])
-    twin.forward([1], [5], trees=[[-1, 0, 0, 1, 2]])
-    twin.commit([1], [3])
-    twin.forward([0, 1], [1, 1])
-    twin.check()
-
-
-@pytest.mark.usefixtures("on_emulator")
-def test_a_group_too_large_for_the_small_tile() -> None:
-    twin = Twin(dims(num_qo_heads=20, num_kv_heads=1, num_layers=1))
-    twin.add(0)
-    twin.forward([0], [20])
-    twin.forward([0], [1])
-    twin.check()
-
-
-@pytest.mark.usefixtures("on_emulator")
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("rotary_dim", [16, DIM])
-def test_rope_is_fused_into_the_append(rotary_dim: int, interleaved: bool) -> None:
-    rope = RopeConfig(theta=100.0, rotary_dim=rotary_dim, interleaved=interleaved)
-    cache = KVCache.create(
-        num_layers=1,
-        num_qo_heads=4,
-        num_kv_heads=2,
-        head_dim=DIM,
-        max_total_seq_len=64,
-        max_batch_size=2,
-        prefill_chunk_size=32,
-        dtype="float16",
-        rope=rope,
-    )
-    rng = np.random.default_rng(0)
-    cache.add_sequence(0)
-    keys, values = np.zeros((0, 2, DIM)), np.zeros((0, 2, DIM))
-    for count in (20, 1, 1):
-        q, k, v = (
-            rng.standard_normal((count, heads, DIM)).astype(np.float16) for heads in (4, 2, 2)
-        )
-        out = to_tvm(np.full((count, 4, DIM), np.nan, np.float16))
-        with cache.step([0], [count]):
-            cache.attention(0, to_tvm(q), to_tvm(k), to_tvm(v), out)
-        positions = np.arange(len(keys), len(keys) + count)
-        keys = np.concatenate([keys, rotate(k, positions, rope)])
-        values = np.concatenate([values, v.astype(np.float64)])
-        expected = reference_attention(rotate(q, positions, rope), keys, values)
-        np.testing.assert_allclose(out.numpy(), expected, atol=4e-3)
-
-
-def rotate(x: np.ndarray, positions: np.ndarray, rope: RopeConfig) -> np.ndarray:
-    """[tokens, heads, dim] by float64 angles."""
-    frequencies, magnitude = rope.resolve(x.shape[-1])
-    pairs = len(frequencies)
-    angles = positions[:, None, None] * frequencies.astype(np.float64)
-    first = slice(0, 2 * pairs, 2) if rope.interleaved else slice(0, pairs)
-    second = slice(1, 2 * pairs, 2) if rope.interleaved else slice(pairs, 2 * pairs)
-    out = x.astype(np.float64)
-    a, b = out[..., first].copy(), out[..., second].copy()
-    out[..., first] = (a * np.cos(angles) - b * np.sin(angles)) * magnitude
-    out[..., second] = (b * np.cos(angles) + a * np.sin(angles)) * magnitude
-    return out
 
 
 def test_steps_begin_while_others_are_in_flight(late_stream: Any) -> None:

@@ -47,10 +47,20 @@ MEASURED = [
     Kernel("causal", 128, 128, "bfloat16", "float8_e4m3fn"),
     Kernel("causal", 576, 512, "bfloat16", "bfloat16"),
 ]
+#: What cuda_scenarios.py asks for besides, and latent attention's own tokens.
+CACHED = [
+    Kernel("causal", 32, 32),
+    Kernel("sliding_window", 32, 32),
+    Kernel("causal", 80, 64),
+    Kernel("causal", 48, 32),
+    Kernel("soft_cap_windowed"),
+    Kernel("causal", 192, 128, "bfloat16", "bfloat16"),
+]
 QUANTIZED = [Kernel("channel_scales", 64, 64, "float16", kv) for kv in ("float8_e4m3fn", "int8")]
 ALL = [
     *MEASURED,
     *QUANTIZED,
+    *CACHED,
     *(Kernel(name) for name in FIRST),
     Kernel("causal"),
     Kernel("sliding_window"),
@@ -66,6 +76,8 @@ def variant_of(name: str) -> Any:
         return variants.rope(128)
     if name == "channel_scales":
         return variants.quantized()
+    if name == "soft_cap_windowed":
+        return variants.windowed(variants.soft_cap)
     return variants.SHIPPED[name]
 
 
@@ -83,12 +95,23 @@ def stand_in(name: str) -> Any:
     return StandIn(variant.name, variant.params)
 
 
+#: Outputs whose states are merged.
+MERGED = ("float32", "float16", "bfloat16")
+
+
 def build(names: list[str] | None = None) -> None:
     """Compile into the folder what is not there."""
     from tvm_flashinfer import jit_cuda
     from tvm_flashinfer.jit import AttentionSpec
 
+    def keep(name: str, made: Any) -> None:
+        shutil.copy(made.library_path, KERNELS / f"{name}.so")
+        (KERNELS / f"{name}.json").write_text(json.dumps({"symbol": made.symbol}))
+        print(name, flush=True)
+
     KERNELS.mkdir(parents=True, exist_ok=True)
+    for dtype in MERGED:
+        keep(f"merge_states_{dtype}", jit_cuda.build_merge_states(dtype, arch=f"sm_{ARCH}"))
     for kernel in ALL:
         if names and kernel.name not in names:
             continue
@@ -99,18 +122,16 @@ def build(names: list[str] | None = None) -> None:
             kernel.head_dim_vo,
             variant_of(kernel.variant),
         )
-        made = jit_cuda.build_attention(spec, arch=f"sm_{ARCH}")
-        shutil.copy(made.library_path, KERNELS / f"{kernel.name}.so")
-        (KERNELS / f"{kernel.name}.json").write_text(json.dumps({"symbol": made.symbol}))
-        print(kernel.name, flush=True)
+        keep(kernel.name, jit_cuda.build_attention(spec, arch=f"sm_{ARCH}"))
 
 
-def load(kernel: Kernel) -> Any:
-    """The factory of a compiled table; KeyError-like FileNotFoundError if it was not compiled."""
+def load(kernel: Kernel | str) -> Any:
+    """The factory of a table, by kernel or name; FileNotFoundError if it was not compiled."""
     import tvm_ffi
 
-    about = json.loads((KERNELS / f"{kernel.name}.json").read_text())
-    return getattr(tvm_ffi.load_module(str(KERNELS / f"{kernel.name}.so")), about["symbol"])
+    name = kernel if isinstance(kernel, str) else kernel.name
+    about = json.loads((KERNELS / f"{name}.json").read_text())
+    return getattr(tvm_ffi.load_module(str(KERNELS / f"{name}.so")), about["symbol"])
 
 
 if __name__ == "__main__":

@@ -164,14 +164,108 @@ def build_large_tir(folder: Path, arch: str) -> None:
     (folder / "llama8b_tir.json").write_text(json.dumps(about))
 
 
+def injected_module() -> Any:
+    """Three attentions in a row, as a torch model: plain and grouped; capped, in a window and with
+    ALiBi; and one whose heads lie outside its tokens, under a mask that is given."""
+    import torch
+
+    heads, kv_heads, dim = 4, 2, 64
+
+    class Attentions(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            width = heads * dim
+            self.qkv = torch.nn.ModuleList(
+                torch.nn.Linear(width, (heads + 2 * n) * dim) for n in (kv_heads, heads)
+            )
+            self.register_buffer("slope", 2.0 ** -torch.arange(1.0, heads + 1))
+
+        def split(self, x: torch.Tensor, n: int, kv: int) -> list[torch.Tensor]:
+            b, s, _ = x.shape
+            parts = self.qkv[n](x).split([heads * dim, kv * dim, kv * dim], -1)
+            return [p.view(b, s, -1, dim).transpose(1, 2) for p in parts]
+
+        def forward(self, x: torch.Tensor, q: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+            b, s, width = x.shape
+            plain = torch.nn.functional.scaled_dot_product_attention(
+                *self.split(x, 0, kv_heads), is_causal=True, enable_gqa=True
+            )
+            x = plain.transpose(1, 2).reshape(b, s, width)
+            at = torch.arange(s)
+            distance = at[None, :] - at[:, None]
+            query, key, value = self.split(x, 1, heads)
+            scores = (query @ key.transpose(2, 3)).float() * dim**-0.5
+            scores = 5.0 * torch.tanh(scores / 5.0) + self.slope[:, None, None] * distance
+            seen = (distance <= 0) & (distance > -40)
+            scores = scores.masked_fill(~seen, float("-inf"))
+            own = torch.softmax(scores, -1).to(value.dtype) @ value
+            masked = torch.nn.functional.scaled_dot_product_attention(
+                q, key, value, attn_mask=visible
+            )
+            return own.transpose(1, 2).reshape(b, s, width), masked
+
+    torch.manual_seed(0)
+    return Attentions().eval()
+
+
+def injected_inputs() -> tuple[Any, ...]:
+    """x [2, S, width], q [2, heads, S, dim] and what of the keys it sees, [2, 1, S, S]."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 150, 256, generator=generator)
+    q = torch.randn(2, 4, 150, 64, generator=generator)
+    visible = torch.rand(2, 1, 150, 150, generator=generator) < 0.7
+    return x, q, visible | torch.eye(150, dtype=torch.bool)
+
+
+def build_injected(folder: Path, arch: str) -> None:
+    """A torch model without a cache, every attention of which is a kernel of ours."""
+    import torch
+    import tvm
+
+    from relax_passes.frontend import from_torch
+    from relax_passes.inject import InjectAttention
+    from relax_passes.pipeline import resolve_target
+    from relax_passes.pipeline_cuda import lower_pipeline, toolchain
+
+    model, inputs = injected_module(), injected_inputs()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half().float())
+        halves = [x.half() if x.is_floating_point() else x for x in inputs]
+        exact = [x.double() if x.is_floating_point() else x for x in halves]
+        expected = model.double()(*exact)
+    module = from_torch(model.half(), halves)
+    target = resolve_target(f"cuda -arch={arch}")
+    module = InjectAttention(target=target, strict=True)(module)
+    with toolchain(target):
+        executable = tvm.compile(
+            module,
+            target=target,
+            relax_pipeline=lower_pipeline(target, capture=False),
+        )
+    executable.export_library(str(folder / "injected.so"))
+    np.savez(
+        folder / "injected.npz",
+        **{f"in{n}": np.asarray(x) for n, x in enumerate(halves)},
+        **{f"out{n}": np.asarray(x) for n, x in enumerate(expected)},
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arch", default="sm_90a")
-    parser.add_argument("--only", choices=["tiny", "large", "tir"])
+    parser.add_argument("--only", choices=["tiny", "injected", "large", "tir"])
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    builders = {"tiny": build_tiny, "large": build_large, "tir": build_large_tir}
+    builders = {
+        "tiny": build_tiny,
+        "injected": build_injected,
+        "large": build_large,
+        "tir": build_large_tir,
+    }
     for name, build in builders.items():
         if options.only in (None, name):
             build(options.folder, options.arch)

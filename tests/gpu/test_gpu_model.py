@@ -4,12 +4,13 @@ steps as CUDA graphs; against torch's float32 logits, and captured against eager
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from harness.runtime import Model, load, saved_params
+from harness.runtime import Model, Storages, load, saved_params
 from modules import FOLDER
 
 MODELS = FOLDER / "models"
@@ -116,6 +117,74 @@ def test_replays_equal_eager_steps(captured: Model, eager: Model) -> None:
         ]
         assert torch.equal(*outs)
         assert torch.isfinite(outs[0]).all()
+
+
+def padded(rng: np.random.Generator, lengths: list[int], tokens: int) -> list[torch.Tensor]:
+    """Token ids with rubbish behind them, and where every sequence's last one is."""
+    ids = tokens_of(rng.integers(0, 320, sum(lengths)), tokens)
+    return [ids, tokens_at(np.cumsum(lengths) - 1)]
+
+
+def tokens_of(ids: np.ndarray, padded_to: int) -> torch.Tensor:
+    return tokens(np.pad(ids, (0, padded_to - len(ids)), constant_values=7)[None])
+
+
+def tokens_at(positions: np.ndarray) -> torch.Tensor:
+    return tokens(positions)
+
+
+def test_a_padded_prefill_is_one_graph(captured: Model, eager: Model, reference: Any) -> None:
+    """Lengths come and go under one padded length; so do the sequences that they belong to."""
+    ids, logits = reference
+    restart(captured, range(2))
+    for at, (a, b) in (((0, 0), (20, 33)), ((20, 33), (1, 40)), ((21, 73), (50, 1))):
+        given = np.concatenate([ids[0, at[0] : at[0] + a], ids[1, at[1] : at[1] + b]])
+        operands = tokens_of(given, 64), tokens_at(np.array([a, a + b]) - 1)
+        out = captured.step("batch_prefill_padded", [0, 1], [a, b], *operands)
+        close(out, np.stack([logits[0, at[0] + a - 1], logits[1, at[1] + b - 1]]))
+    rng = np.random.default_rng(1)
+    for model in (captured, eager):
+        restart(model, range(4))
+    for _ in range(60):
+        chosen = rng.permutation(4)[: rng.integers(1, 5)].tolist()
+        lengths = rng.integers(1, 9, len(chosen)).tolist()
+        operands = padded(rng, lengths, 32)
+        outs = [
+            model.step(name, chosen, lengths, *operands)
+            for model, name in ((captured, "batch_prefill_padded"), (eager, "batch_prefill"))
+        ]
+        assert torch.equal(*outs)
+        column = tokens(rng.integers(0, 320, (4, 1)))
+        outs = [m.step("batch_decode", [0, 1, 2, 3], [1] * 4, column) for m in (captured, eager)]
+        assert torch.equal(*outs)
+
+
+def test_nothing_stale_is_read(params: list[torch.Tensor], eager: Model) -> None:
+    """Between replays the whole model's activations and the cache's workspace become NaN."""
+    rng = np.random.default_rng(2)
+    with Storages() as storages:
+        model = Model(MODELS, "tiny", params)
+        restart(model, range(3))
+        restart(eager, range(3))
+        prompts = [padded(rng, [40, 1, 17], 64) for _ in range(2)]
+        columns = [tokens(rng.integers(0, 320, (3, 1))) for _ in range(12)]
+        poison = load().get_global_func("tvm_flashinfer.kv_cache_poison_workspace")
+        kept: list[torch.Tensor] = []
+        steps: list[Any] = [
+            *(("batch_prefill_padded", [40, 1, 17], p) for p in prompts),
+            *(("batch_decode", [1, 1, 1], [c]) for c in columns),
+        ]
+        for name, lengths, operands in steps:
+            out = model.step(name, [0, 1, 2], lengths, *operands).clone()
+            expected = eager.step(name.removesuffix("_padded"), [0, 1, 2], lengths, *operands)
+            torch.cuda.synchronize()
+            assert torch.isfinite(out).all()
+            assert torch.equal(out, expected)
+            kept.append(out)
+            storages.poison()
+            poison(model.cache)
+    assert len(storages.taken) > 0
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(kept))
 
 
 def test_steps_need_no_synchronisation(captured: Model, eager: Model) -> None:

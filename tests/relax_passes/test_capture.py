@@ -72,6 +72,56 @@ def test_a_step_is_one_region_between_two_copies(module: tvm.IRModule, name: str
     assert not any(c.startswith("vm.builtin") for c in inner)
 
 
+def test_a_padded_prefill_is_one_region_too(module: tvm.IRModule) -> None:
+    after = lowered(module, capture=True)
+    outer = [c for c in calls(after["batch_prefill_padded"]) if "cuda_graph.get" not in c]
+    assert outer == [COPY, COPY, KEY, RUN_OR_CAPTURE, COPY]
+    inner = calls(after["batch_prefill_padded_cuda_graph_capture"])
+    assert inner.count("tvm_flashinfer.kv_cache_attention_views") == 2
+    assert not any(c.startswith("vm.builtin") for c in inner)
+    plain = calls(after["batch_prefill"])  # of any length, so that each would be a graph
+    assert not {COPY, KEY, RUN_OR_CAPTURE} & set(plain)
+
+
+def as_mlc() -> tvm.IRModule:
+    """A decoding step of mlc_llm's models after DispatchKVCache: an embedding in, (logits, cache)
+    out."""
+    batch, width, vocab = tvm.tirx.Var("batch_size", "int64"), 64, 96
+    builder = relax.BlockBuilder()
+    x = relax.Var("input_embeds", relax.TensorType((batch, 1, width), "float16"))
+    cache = relax.Var("paged_kv_cache", relax.AnyType())
+    weights = [relax.TensorType(s, "float16") for s in ((width, 3 * width), (width, vocab))]
+    params = relax.Var("packed_params", relax.TupleType(weights))
+    attrs = {"num_input": 2, "tir_var_upper_bound": {"batch_size": 4, "seq_len": 99}}
+    with builder.function("batch_decode", [x, cache, params], attrs):
+        with builder.dataflow():
+            emit = builder.emit
+            qkv = emit(relax.op.matmul(x, emit(relax.TupleGetItem(params, 0))))
+            qkv = emit(relax.op.reshape(qkv, (batch, 3, width)))
+            scale = relax.prim_value(tvm.tirx.FloatImm("float64", 0.125))
+            o = emit(
+                relax.call_dps_packed(
+                    "tvm_flashinfer.kv_cache_attention_with_fused_qkv",
+                    [cache, relax.prim_value(0), scale, qkv],
+                    out_ty=relax.TensorType((batch, 1, width), "float16"),
+                )
+            )
+            logits = emit(relax.op.matmul(o, emit(relax.TupleGetItem(params, 1))))
+            logits = emit(relax.op.astype(logits, "float32"))
+            out = builder.emit_output(relax.Tuple([logits, cache]))
+        builder.emit_func_output(out)
+    return builder.get()
+
+
+def test_a_step_as_mlc_has_it() -> None:
+    after = lowered(as_mlc(), capture=True)
+    outer = [c for c in calls(after["batch_decode"]) if "cuda_graph.get" not in c]
+    assert outer == [COPY, KEY, RUN_OR_CAPTURE, COPY]
+    inner = calls(after["batch_decode_cuda_graph_capture"])
+    assert inner.count("tvm_flashinfer.kv_cache_attention_with_fused_qkv") == 1
+    assert not any(c.startswith("vm.builtin") for c in inner)
+
+
 def test_without_capture_nothing_is_moved(module: tvm.IRModule) -> None:
     after = lowered(module, capture=False)
     found = calls(after["batch_decode"])

@@ -85,6 +85,10 @@ class CompiledModel:
         self._decode = self.vm["decode"]
         self._batch_prefill = self.vm["batch_prefill"]
         self._batch_decode = self.vm["batch_decode"]
+        try:  # only where it is captured
+            self._padded_prefill = self.vm["batch_prefill_padded"]
+        except AttributeError:
+            self._padded_prefill = None
         self.total_pages = self.free_pages
 
     # Sequences in the cache ---------------------------------------------------------------------
@@ -128,6 +132,8 @@ class CompiledModel:
         """
         lengths = [len(chunk) for chunk in chunks]
         ids = np.concatenate([np.asarray(chunk, dtype=np.int32) for chunk in chunks])
+        if self._padded_prefill is not None:
+            return self._captured_prefill(seq_ids, lengths, ids, wanted)
         inputs = self.tensor(ids[None, :])
         self.begin_forward(seq_ids, lengths)
         if len(chunks) == 1:
@@ -140,6 +146,26 @@ class CompiledModel:
         self.end_forward()
         vocab = self._vocab(logits)
         return vocab if wanted else vocab[:0]
+
+    def _captured_prefill(
+        self,
+        seq_ids: Sequence[int],
+        lengths: Sequence[int],
+        ids: npt.NDArray[np.int32],
+        wanted: Sequence[int],
+    ) -> Logits:
+        """The same as a CUDA graph, of which there is one for each padded shape."""
+        tokens = padded_length(len(ids), self.manifest.prefill_chunk_size)
+        rows = padded_length(max(1, len(wanted)), self.max_batch, least=1)
+        ends = np.cumsum(lengths, dtype=np.int32) - 1
+        at = np.zeros(rows, np.int32)
+        at[: len(wanted)] = ends[list(wanted)]
+        inputs = self.tensor(np.pad(ids, (0, tokens - len(ids)))[None, :])
+        positions = self.tensor(at)
+        self.begin_forward(seq_ids, lengths)
+        logits = self._padded_prefill(inputs, positions, self.cache, self._params)
+        self.end_forward()
+        return self._vocab(logits)[: len(wanted)]
 
     def decode(self, seq_ids: Sequence[int], tokens: Sequence[int]) -> Logits:
         """Appends one token to each sequence; returns float32 logits ``[len(seq_ids), V]``."""
@@ -202,6 +228,13 @@ _CACHE_FUNCTIONS = (
     "kv_state_end_forward",
     "attention_kv_cache_get_num_available_pages",
 )
+
+
+def padded_length(count: int, limit: int, least: int = 16) -> int:
+    """``count`` rounded up to one of few: powers of two to 128, then multiples of it."""
+    step = 128
+    up = -(-count // step) * step if count > step else max(least, 1 << (count - 1).bit_length())
+    return min(up, max(limit, count))
 
 
 def _bounded(name: str, value: int | None, limit: int) -> int:

@@ -41,6 +41,8 @@ def install() -> None:
     bridges.apply_late()
     _replace(pipeline, "DispatchKVCacheCreation", _dispatch_kv_cache)
     _replace(pipeline, "FuseTransposeMatmul", _after_ours(pipeline.FuseTransposeMatmul))
+    allocate = pipeline.AttachCUDAGraphAllocInitFunc
+    _replace(pipeline, "AttachCUDAGraphAllocInitFunc", _after_keys(allocate))
     _replace(jit, "subprocess", _OurSubprocess())
     _replace(op, "attention", _on_cpu(attention.attention, op.attention))
     _replace(op.moe_misc, "_gating_topk_init_local_top_k", experts.init_top_k)
@@ -105,12 +107,40 @@ def _after_ours(fuse_transpose_matmul: Callable[[], Any]) -> Callable[[], Any]:
     def make() -> Any:
         import tvm
 
+        from relax_passes.capture import PrepareCapture
         from relax_passes.dispatch_linear import DispatchLinear
 
-        passes = [experts.ThreadsToLoops(), DispatchLinear(), fuse_transpose_matmul()]
+        capture = _where_captured(PrepareCapture(padded=()))
+        passes = [experts.ThreadsToLoops(), DispatchLinear(), capture, fuse_transpose_matmul()]
         return tvm.transform.Sequential(passes)
 
     return make
+
+
+def _after_keys(attach_alloc_init: Callable[[], Any]) -> Callable[[], Any]:
+    """Graphs are keyed right after they are cut out: by cache and weights, not by extents alone."""
+
+    def make() -> Any:
+        import tvm
+
+        from relax_passes.capture import KeyGraphs
+
+        return tvm.transform.Sequential([_where_captured(KeyGraphs()), attach_alloc_init()])
+
+    return make
+
+
+def _where_captured(wanted: Any) -> Any:
+    """A pass, for what is compiled with ``cudagraph=1``."""
+    import tvm
+
+    @tvm.transform.module_pass(opt_level=0, name="WhereCaptured")
+    def run(mod: tvm.IRModule, ctx: tvm.transform.PassContext) -> tvm.IRModule:
+        if not ctx.config.get("relax.backend.use_cuda_graph", False):
+            return mod
+        return wanted(mod)
+
+    return run
 
 
 class _OurSubprocess:

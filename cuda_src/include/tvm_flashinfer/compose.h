@@ -36,6 +36,7 @@ struct ReadCosts {
   //! Tiles of at most so many rows compute just these, and may be used beside the largest tile.
   int32_t small_rows = 0;
   int32_t panel_rows = 16, panel_cost = 16;  //!< larger tiles compute whole panels
+  int64_t reordering = 0;                    //!< that queries change places, besides their bytes
 
   int64_t Arithmetic(int64_t rows) const {
     return rows <= small_rows ? rows : (rows + panel_rows - 1) / panel_rows * panel_cost;
@@ -93,6 +94,10 @@ class FormatChooser {
   }
   /*! \brief Query tokens of the last batch in the order of its plan; empty: as they came. */
   const std::vector<int32_t>& token_order() const { return token_order_; }
+  /*! \brief The batch is attended as it came, whatever was composed of it. */
+  void KeepFlat() { token_order_.clear(); }
+  /*! \brief Whether rows of the last batch begin with the same blocks. */
+  bool found_common() const { return found_common_; }
   /*! \brief What the last composed batch gains over a flat one, in the scheduler's costs. */
   int64_t gain() const { return gain_; }
 
@@ -104,6 +109,7 @@ class FormatChooser {
    */
   int32_t Compose(ScheduleInput* in, int32_t tile_tokens) {
     token_order_.clear();
+    found_common_ = false;
     if (max_levels_ == 0 || choice_ == FormatChoice::kFlat || in->levels[0].num_rows < 2 ||
         in->levels[0].num_rows > max_rows_) {
       return 0;
@@ -112,10 +118,12 @@ class FormatChooser {
     tile_tokens_ = tile_tokens;
     KeepOrder();
     const int64_t neighbours = MeasureCommonBlocks();
+    found_common_ = neighbours > 0;
     int32_t depth = 0;
     if (may_reorder_ && in->num_levels == 1 && in->num_requests == num_rows()) {
       SortRows();
       if (MeasureCommonBlocks() > neighbours) {
+        found_common_ = true;
         depth = ChooseNodes(true);
         if (depth > 0) ReorderRequests();
       }
@@ -390,8 +398,9 @@ class FormatChooser {
     MakeTree();
     const bool forced = choice_ == FormatChoice::kShared;
     // Queries and outputs that change places cost as much as so many KV tokens.
-    const int64_t moved =
-        reordered ? int64_t{q_begin_[num_rows()]} * 2 * in_->group * costs_.memory : 0;
+    const int64_t moved = reordered ? costs_.reordering + int64_t{q_begin_[num_rows()]} * 2 *
+                                                              in_->group * costs_.memory
+                                    : 0;
     // Of the rows that share, if they were flat: each meets what the last one has read in a cache.
     int64_t total = 0;
     for (int32_t row = 0; row < num_rows(); ++row) {
@@ -472,6 +481,7 @@ class FormatChooser {
   FormatChoice choice_ = FormatChoice::kAuto;
   ReadCosts costs_;
   int64_t gain_ = 0;
+  bool found_common_ = false;
   ScheduleInput* in_ = nullptr;
   int32_t tile_tokens_ = 1;
   bool may_reorder_ = false;

@@ -89,6 +89,37 @@ class Model:
         return torch.from_dlpack(logits)
 
 
+class Storages:
+    """While this is entered, new models leave here what memory their VM takes for tensors."""
+
+    NAME = "vm.builtin.alloc_storage"
+
+    def __enter__(self) -> Storages:
+        import tvm_ffi
+
+        self.ffi, self.taken = tvm_ffi, []
+        self.real = load().get_global_func(self.NAME)
+
+        def alloc(vm: Any, size: Any, *rest: Any) -> Any:
+            storage = self.real(vm, size, *rest)
+            self.taken.append((storage, int(np.prod(list(size)))))
+            return storage
+
+        tvm_ffi.register_global_func(self.NAME, alloc, override=True)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.ffi.register_global_func(self.NAME, self.real, override=True)
+
+    def poison(self) -> None:
+        """Every byte 0xff, which is NaN in every floating-point format."""
+        tensor = load().get_global_func("vm.builtin.alloc_tensor")
+        for storage, size in self.taken:
+            view = tensor(storage, 0, self.ffi.Shape([size]), self.ffi.dtype("uint8"))
+            torch.from_dlpack(view).fill_(0xFF)
+        torch.cuda.synchronize()
+
+
 def random_params(about: dict[str, Any], seed: int = 0) -> list[torch.Tensor]:
     """Weights of the shapes a model was compiled for, made on the device."""
     generator = torch.Generator("cuda").manual_seed(seed)

@@ -13,7 +13,7 @@
 namespace tvm_flashinfer {
 
 //! Never that of a CPU table.
-inline constexpr int32_t kCudaKernelAbi = 0x1003;
+inline constexpr int32_t kCudaKernelAbi = 0x1004;
 
 /*!
  * \brief The new tokens of a layer: queries and keys are rotated, keys and values stored, through
@@ -45,12 +45,32 @@ struct CudaAppendParams {
 /*! \brief Two states of the same queries, and where their merged state goes; it may be one of them.
  */
 struct CudaMergeParams {
-  const void *o_a, *o_b;       //!< [token, head, dim], element type of the queries
+  const void *o_a, *o_b;       //!< element type of the queries; elements of a head are contiguous
   const float *lse_a, *lse_b;  //!< [token, head], natural-log
   void* o;
   float* lse;
-  int64_t o_token_stride, o_head_stride;  //!< of `o`; those of the inputs are dense
+  int64_t o_a_token_stride, o_a_head_stride;  //!< in elements
+  int64_t o_b_token_stride, o_b_head_stride;
+  int64_t o_token_stride, o_head_stride;
   int32_t num_tokens, num_heads, dim;
+};
+
+/*!
+ * \brief Tokens that change places: row i of `to` is row order[i] of `from`; or, on the way back,
+ * row order[i] of `to` is row i of `from`.
+ *
+ * Heads and all distances are multiples of 16 bytes.
+ */
+struct CudaMoveParams {
+  const void* from;
+  void* to;
+  const float* lse_from;  //!< [token, head], dense
+  float* lse_to;          //!< null: there is none to move
+  const int32_t* order;   //!< [num_tokens]
+  int64_t from_token_bytes, from_head_bytes;
+  int64_t to_token_bytes, to_head_bytes;
+  int32_t num_tokens, num_heads, head_bytes;
+  int32_t back;
 };
 
 /*! \brief Functions return null, or what went wrong. Streams are cudaStream_t. */
@@ -64,6 +84,7 @@ struct CudaKernel : KernelTraits {
                      void* stream);
   const char* (*append)(const CudaAppendParams* params, int32_t num_tokens, void* stream);
   const char* (*merge)(const CudaMergeParams* params, void* stream);
+  const char* (*move)(const CudaMoveParams* params, void* stream);
   /*! \brief Copy in any direction, in the stream's order. */
   const char* (*copy)(void* to, const void* from, int64_t bytes, void* stream);
   /*! \brief Page-locked host memory. */
@@ -74,6 +95,8 @@ struct CudaKernel : KernelTraits {
   const char* (*event_record)(void* event, void* stream);
   const char* (*event_wait)(void* event);
   void (*event_destroy)(void* event);
+  /*! \brief Whether what is launched on a stream becomes part of a CUDA graph. */
+  const char* (*is_capturing)(void* stream, int32_t* capturing);
 };
 
 }  // namespace tvm_flashinfer

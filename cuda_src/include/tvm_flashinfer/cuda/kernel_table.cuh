@@ -8,27 +8,16 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 
 #include "../interval.h"
 #include "append.cuh"
 #include "kernel.h"
 #include "launch.cuh"
 #include "merge_states.cuh"
+#include "token_order.cuh"
 
 namespace tvm_flashinfer {
 namespace cuda {
-
-template <typename T>
-constexpr ElementType ElementTypeOf() {
-  if constexpr (std::is_same_v<T, float>) return ElementType::kFloat32;
-  if constexpr (std::is_same_v<T, Float16>) return ElementType::kFloat16;
-  if constexpr (std::is_same_v<T, BFloat16>) return ElementType::kBFloat16;
-  if constexpr (std::is_same_v<T, Float8E4M3>) return ElementType::kFloat8E4M3;
-  if constexpr (std::is_same_v<T, Float8E5M2>) return ElementType::kFloat8E5M2;
-  if constexpr (std::is_same_v<T, Int8>) return ElementType::kInt8;
-  if constexpr (std::is_same_v<T, Int4>) return ElementType::kInt4;
-}
 
 /*!
  * \tparam T Queries, new keys and values, outputs: Float16 or BFloat16.
@@ -77,6 +66,7 @@ class __attribute__((visibility("hidden"))) KernelTable {
     table.run = &Run;
     table.append = &Append;
     table.merge = &Merge;
+    table.move = &Move;
     table.copy = &Copy;
     table.host_alloc = &HostAlloc;
     table.host_free = &HostFree;
@@ -84,6 +74,7 @@ class __attribute__((visibility("hidden"))) KernelTable {
     table.event_record = &EventRecord;
     table.event_wait = &EventWait;
     table.event_destroy = &EventDestroy;
+    table.is_capturing = &IsCapturing;
     return table;
   }
 
@@ -129,47 +120,26 @@ class __attribute__((visibility("hidden"))) KernelTable {
     static const Params none{};  // of a variant without parameters
     return params == nullptr ? none : *static_cast<const Params*>(params);
   }
-  static int MergeBlocks(const CudaMergeParams& p) {
-    return CeilDiv(p.num_tokens * p.num_heads, kMergeThreads / kWarpSize);
+
+  static const char* Append(const CudaAppendParams* p, int32_t num_tokens, void* stream) {
+    return LaunchSmall(AppendKernel<T, TKV, kHeadDimQK, kHeadDimVO, Variant>,
+                       AppendBlocks(*p, num_tokens), kAppendThreads, kAppendShared, stream, *p,
+                       VariantOf(p->variant_params), num_tokens);
   }
+  static const char* Merge(const CudaMergeParams* p, void* stream) {
+    return MergeStates<T>(*p, stream);
+  }
+  static const char* Move(const CudaMoveParams* p, void* stream) { return MoveTokens(*p, stream); }
 
 #if defined(TVM_FLASHINFER_CUDA_EMULATION)
-  static constexpr int32_t kDeviceType = 1;  // kDLCPU
-
   static const char* NumWorkers(int32_t, int32_t* blocks) {
     *blocks = 3;
     return nullptr;
-  }
-  template <typename F>
-  static const char* Emulate(F f) {
-    try {
-      f();
-      return nullptr;
-    } catch (const std::exception& e) {
-      std::snprintf(Message(), 256, "%s", e.what());
-      return Message();
-    }
   }
   static const char* Run(const AttentionParams* p, int32_t tile_rows, int32_t num_workers, void*) {
     if (const char* error = Check(*p, tile_rows)) return error;
     return WithInstance(tile_rows, Kernels::SharesKV(*p), [&](auto instance) {
       return Emulate([&] { decltype(instance)::Emulate(*p, num_workers, false); });
-    });
-  }
-  static const char* Append(const CudaAppendParams* p, int32_t num_tokens, void*) {
-    if (num_tokens == 0) return nullptr;
-    return Emulate([&] {
-      emulation::Launch(AppendBlocks(*p, num_tokens), kAppendThreads, kAppendShared, false, [&] {
-        AppendKernel<T, TKV, kHeadDimQK, kHeadDimVO, Variant>(*p, VariantOf(p->variant_params),
-                                                              num_tokens);
-      });
-    });
-  }
-  static const char* Merge(const CudaMergeParams* p, void*) {
-    if (MergeBlocks(*p) == 0) return nullptr;
-    return Emulate([&] {
-      emulation::Launch(MergeBlocks(*p), kMergeThreads, 16, false,
-                        [&] { MergeStatesKernel<T>(*p); });
     });
   }
   static const char* Copy(void* to, const void* from, int64_t bytes, void*) {
@@ -188,12 +158,11 @@ class __attribute__((visibility("hidden"))) KernelTable {
   static const char* EventRecord(void*, void*) { return nullptr; }
   static const char* EventWait(void*) { return nullptr; }
   static void EventDestroy(void*) {}
-#else
-  static constexpr int32_t kDeviceType = 2;  // kDLCUDA
-
-  static const char* Describe(cudaError_t error) {
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  static const char* IsCapturing(void*, int32_t* capturing) {
+    *capturing = 0;
+    return nullptr;
   }
+#else
   static const char* NumWorkers(int32_t tile_rows, int32_t* blocks) {
     return WithInstance(tile_rows, false, [&](auto instance) {
       int device = 0, multiprocessors = 0, resident = 0;
@@ -211,18 +180,6 @@ class __attribute__((visibility("hidden"))) KernelTable {
       return Describe(
           decltype(instance)::Launch(*p, num_workers, static_cast<cudaStream_t>(stream)));
     });
-  }
-  static const char* Append(const CudaAppendParams* p, int32_t num_tokens, void* stream) {
-    if (num_tokens == 0) return nullptr;
-    return Describe(LaunchOverlapping(AppendKernel<T, TKV, kHeadDimQK, kHeadDimVO, Variant>,
-                                      AppendBlocks(*p, num_tokens), kAppendThreads, kAppendShared,
-                                      static_cast<cudaStream_t>(stream), *p,
-                                      VariantOf(p->variant_params), num_tokens));
-  }
-  static const char* Merge(const CudaMergeParams* p, void* stream) {
-    if (MergeBlocks(*p) == 0) return nullptr;
-    return Describe(LaunchOverlapping(MergeStatesKernel<T>, MergeBlocks(*p), kMergeThreads, 0,
-                                      static_cast<cudaStream_t>(stream), *p));
   }
   static const char* Copy(void* to, const void* from, int64_t bytes, void* stream) {
     return Describe(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault,
@@ -244,6 +201,12 @@ class __attribute__((visibility("hidden"))) KernelTable {
     return Describe(cudaEventSynchronize(static_cast<cudaEvent_t>(event)));
   }
   static void EventDestroy(void* event) { cudaEventDestroy(static_cast<cudaEvent_t>(event)); }
+  static const char* IsCapturing(void* stream, int32_t* capturing) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+    *capturing = status == cudaStreamCaptureStatusNone ? 0 : 1;
+    return Describe(error);
+  }
 #endif
 };
 
