@@ -239,7 +239,7 @@ class _Body:
         return relax.Call(call.op, args, call.attrs, call.ty_args)
 
     def _dim(self, dim: Any, count: Any) -> Any:
-        if static_int(dim) is not None:
+        if static_int(dim) is not None or isinstance(dim, tvm.tirx.FloatImm):
             return dim
         if self.writer.axes.is_length(dim):
             return count

@@ -30,6 +30,7 @@ _PLAIN: dict[str, Any] = {
 }
 _GROUPED = {**_PLAIN, "num_key_value_heads": 2, "head_dim": 16}
 _WINDOW = {"sliding_window": 5, "query_pre_attn_scalar": 24}
+_ALTERNATING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 #: family: (config, the variants of its two layers, their masks)
 FAMILIES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
@@ -114,6 +115,30 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "stablelm": ({**_PLAIN, "num_key_value_heads": 2}, ["softmax"] * 2, ["causal"] * 2),
     "smollm3": ({**_GROUPED, "no_rope_layers": [1, 0]}, ["softmax"] * 2, ["causal"] * 2),
     "cohere": (_GROUPED, ["softmax"] * 2, ["causal"] * 2),
+    "cohere2": (
+        {**_GROUPED, **_ALTERNATING},
+        ["softmax"] * 2,
+        ["causal+window(5)", "causal"],
+    ),
+    "olmo3": ({**_GROUPED, **_ALTERNATING}, ["softmax"] * 2, ["causal+window(5)", "causal"]),
+    "gpt_oss": (
+        {
+            **_GROUPED,
+            **_ALTERNATING,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "truncate": False,
+            },
+        },
+        ["softmax+learned-sink"] * 2,
+        ["causal+window(5)", "causal"],
+    ),
+    "glm4": (_GROUPED, ["softmax"] * 2, ["causal"] * 2),
     "glm": (_GROUPED, ["softmax"] * 2, ["causal"] * 2),
     "olmo2": (_GROUPED, ["softmax"] * 2, ["causal"] * 2),
     "granite": ({**_GROUPED, "attention_multiplier": 0.3}, ["softmax"] * 2, ["causal"] * 2),
