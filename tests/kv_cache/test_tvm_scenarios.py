@@ -5,6 +5,22 @@ Same calls, sequences and dtypes, against float64. One thing is ours: a tree tha
 steps is committed whole, by its nodes' indices from its first step on, as MLC's engine counts them
 and kv_state.h says. TVM's cache checks them against the whole tree, too, but copies within the last
 step and pops nothing from before it, and its test expects that.
+
+==========================================  ===================================================
+there                                       here
+==========================================  ===================================================
+prefill_and_decode                          test_prefill_and_decode
+remove_sequence                             test_removal
+fork_sequence, unlimited_depth              test_forks, test_prefixes_of_prefixes
+popn                                        test_pops
+sliding_window, sliding_window_fork         test_windows_with_sinks, test_forks_of_windows
+tree_attn                                   test_token_trees, test_trees_that_grow_level_by_level
+per_layer_sliding_window,                   test_layers_with_a_window
+paged_prefill_layer_sliding_window_mask
+attention_with_shared_kv                    test_keys_shared_with_another_layer
+files ..._mla_{tir,flashinfer}.py           test_tvm_mla_scenarios.py
+files nvshmem/..._kv_cache_transfer*.py     test_transfer.py: a callback is what NVSHMEM is there
+==========================================  ===================================================
 """
 
 from __future__ import annotations
