@@ -165,7 +165,7 @@ class KVCache:
             handle = function("tvm_flashinfer.kv_cache_with_rotating_kernel")(handle, *turned)
         if variant is not None:
             give = function("tvm_flashinfer.kv_cache_with_variant")
-            handle = give(handle, values, variant.ignores_positions)
+            handle = give(handle, values, variant.ignores_positions, variant.merges)
         return cls(handle)
 
     @classmethod
@@ -184,6 +184,8 @@ class KVCache:
         page_size: int = 16,
         dtype: str = "float32",
         first_layer: int = 0,
+        variant: Variant | None = None,
+        variant_params: Mapping[str, Any] | None = None,
         mcpu: str = "native",
         device: str = "cpu",
         progress: Progress | None = None,
@@ -198,13 +200,21 @@ class KVCache:
         ----------
         own_head_dim, own_head_dim_vo : int
             Heads of the expanded keys and values that :meth:`self_attention` takes.
+        variant, variant_params
+            As there, of variants under which states merge (:attr:`Variant.merges`).
 
         The others are those of :meth:`create`.
         """
         row = latent_dim + rope_dim
+        values = params_of(variant, variant_params or {}, "variant_params")
+        if variant is not None and not variant.merges:
+            raise ValueError(
+                f"variant {variant.name} has a sink, transforms of head vectors or no softmax, or "
+                "knows KV heads: latent attention takes variants of logits and masks"
+            )
         specs = (
-            AttentionSpec(dtype, dtype, row, latent_dim),
-            AttentionSpec(dtype, dtype, own_head_dim, own_head_dim_vo),
+            AttentionSpec(dtype, dtype, row, latent_dim, attended(variant, None)),
+            AttentionSpec(dtype, dtype, own_head_dim, own_head_dim_vo, attended(variant, None)),
         )
         make, where = kernel_maker(device, mcpu, progress)
         kernels = [make(spec) for spec in specs]
@@ -217,6 +227,9 @@ class KVCache:
             num_qo_heads,
             kernels[1],
         )
+        if variant is not None:
+            give = function("tvm_flashinfer.kv_cache_with_variant")
+            handle = give(handle, values, variant.ignores_positions, variant.merges)
         return cls(handle)
 
     def _call(self, name: str, *args: Any) -> Any:

@@ -310,6 +310,21 @@ class Variant:
         return self.causal and self.traced.is_causal_only()
 
     @cached_property
+    def merges(self) -> bool:
+        """Whether attention over parts of the keys, whatever their heads, merges into the whole.
+
+        So it is with a softmax of logits and masks. A sink would count twice, an output would be
+        transformed before it is whole, and latent attention has other heads in either part.
+        """
+        vectors = any(getattr(self, what) is not None for what in VECTOR_TRANSFORMS)
+        return (
+            self.softmax
+            and self.sink is None
+            and not vectors
+            and not self.traced.uses("kv_head", "row")
+        )
+
+    @cached_property
     def cpp(self) -> str:
         """The C++ struct ``Variant`` that kernels are instantiated with."""
         from .codegen import generate

@@ -75,11 +75,14 @@ class KVCacheObj : public AttentionKVCacheInterface {
    * \param values One per parameter that the variant declares, a number or a tensor.
    * \param ignores_positions Nothing in the variant depends on where a query or a key stands, but
    * that later keys are hidden.
+   * \param merges States of parts of the keys merge, whatever heads the parts have: attention in
+   * parts may be called.
    *
    * Tensors must cover every position and head that this cache may hold. Layers with a window take
    * the same values after the window's.
    */
-  void UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values, bool ignores_positions = false);
+  void UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values, bool ignores_positions = false,
+                  bool merges = false);
 
   /*!
    * \brief Give some layers a kernel, a window and a rotation of their own.
@@ -396,7 +399,7 @@ class KVCacheObj : public AttentionKVCacheInterface {
   std::vector<LayerGroup> groups_;
   std::vector<int32_t> group_of_;  //!< [layer] index of its group, or -1; empty: there are none
   BoundVariantArgs variant_, call_variant_;
-  bool has_variant_ = false, variant_ignores_positions_ = false;
+  bool has_variant_ = false, variant_ignores_positions_ = false, variant_merges_ = false;
   //! Of attention in parts, and under a mask; made when they are asked for.
   std::unique_ptr<StepRunner> past_, own_, masked_;
   Tensor twin_o_, twin_lse_;  //!< of steps that attend every query twice

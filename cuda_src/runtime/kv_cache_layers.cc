@@ -93,12 +93,17 @@ VisitedRange KVCacheObj::EveryElement() const {
   return range;
 }
 
-void KVCacheObj::UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values, bool ignores_positions) {
+void KVCacheObj::UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values, bool ignores_positions,
+                            bool merges) {
   TVM_FLASHINFER_CHECK(kernel_->causal != 0, ValueError)
       << "argument `kernel` has a variant that isn't proven to hide the keys after a query: a step "
       << "of a cache sees none";
-  TVM_FLASHINFER_CHECK(!config_.mla, NotImplementedError)
-      << "a variant in a cache of latent attention";
+  TVM_FLASHINFER_CHECK(!config_.mla || merges, NotImplementedError)
+      << "a variant in a cache of latent attention, under which states of parts don't merge";
+  TVM_FLASHINFER_CHECK(
+      !self_kernel_.has_value() || (*self_kernel_)->num_params == kernel_->num_params, ValueError)
+      << "the kernel of self_attention has a variant of another number of parameters than the "
+      << "cache's " << kernel_->num_params << ": both have the same variant";
   TVM_FLASHINFER_CHECK(!config_.sliding_window || !stores_rotated(), NotImplementedError)
       << "a variant in a cache that rotates keys when it stores them and slides windows: a query "
          "is "
@@ -123,6 +128,7 @@ void KVCacheObj::UseVariant(const tvm::ffi::Array<tvm::ffi::Any>& values, bool i
   runner_->UseVariant(args);
   variant_ = bound;
   has_variant_ = true;
+  variant_merges_ = merges;
   variant_ignores_positions_ = ignores_positions && !rope_table_.defined();
 }
 

@@ -23,8 +23,8 @@ void KVCacheObj::UseSelfKernel(int32_t num_kv_heads, KernelHandle kernel) {
 }
 
 void KVCacheObj::CheckParts(const char* what) const {
-  TVM_FLASHINFER_CHECK(!has_variant_, NotImplementedError)
-      << what << " in a cache with a variant: states of parts may not merge under it";
+  TVM_FLASHINFER_CHECK(!has_variant_ || variant_merges_, NotImplementedError)
+      << what << " in a cache with a variant under which states of parts don't merge";
   TVM_FLASHINFER_CHECK(layout_.num_levels() == 1 && !layout_.splits(), NotImplementedError)
       << what << " in a step with token trees, or with rotated keys behind a slid window";
 }
@@ -57,6 +57,7 @@ void KVCacheObj::SelfAttention(int64_t layer_id, Tensor q_data, Tensor k_data, T
     config.head_dim_qk = static_cast<int32_t>(qk);
     config.head_dim_vo = static_cast<int32_t>(vo);
     own_ = StepRunner::Make(config, kernel, device_, std::nullopt);
+    if (has_variant_) own_->UseVariant(*runner_->variant_args());
   }
   if (!own_planned_) {
     own_layout_.BuildOwn(requests_);
@@ -101,7 +102,10 @@ void KVCacheObj::CrossAttention(int64_t layer_id, Tensor q_data, Tensor o_data, 
   const bool whole = state.stored && !state.attended_own;
   StepRunner* runner = runner_.get();
   if (!whole) {
-    if (past_ == nullptr) past_ = StepRunner::Make(config_, kernel_, device_, std::nullopt);
+    if (past_ == nullptr) {
+      past_ = StepRunner::Make(config_, kernel_, device_, std::nullopt);
+      if (has_variant_) past_->UseVariant(*runner_->variant_args());
+    }
     if (!past_planned_) {
       past_layout_.BuildPast(requests_, page_indptr_, page_ids_);
       past_->Plan(&past_layout_);

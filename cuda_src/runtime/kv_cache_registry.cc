@@ -242,11 +242,11 @@ AttentionKVCache UseTransfer(AttentionKVCache cache, Function transfer) {
 
 /*!
  * \brief Give a fresh cache the parameters of its kernel's variant; returns the cache.
- * \param ignores_positions See KVCacheObj::UseVariant.
+ * \param ignores_positions, merges See KVCacheObj::UseVariant.
  */
 AttentionKVCache WithVariant(AttentionKVCache cache, tvm::ffi::Array<tvm::ffi::Any> params,
-                             bool ignores_positions) {
-  Ours(cache)->UseVariant(params, ignores_positions);
+                             bool ignores_positions, bool merges) {
+  Ours(cache)->UseVariant(params, ignores_positions, merges);
   return cache;
 }
 

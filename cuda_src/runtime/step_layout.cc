@@ -131,12 +131,13 @@ void StepLayout::BuildOwn(const std::vector<AppendRequest>& requests) {
   for (const AppendRequest& r : requests) {
     qo_indptr_.push_back(qo_indptr_.back() + r.count);
     kv_len_.push_back(r.count);
+    const int32_t past = r.sequence->length - r.count;
     for (int32_t token = 0; token < r.count; ++token) {
       levels_[0].kv_indices.push_back(static_cast<int32_t>(slots_.size()));
       slots_.push_back(-1);
-      positions_.push_back(token);
+      positions_.push_back(past + token);
     }
-    levels_[0].EndRow(r.count, r.count == 0 ? 0 : 1, 0);
+    levels_[0].EndRow(r.count, r.count == 0 ? 0 : 1, past);
   }
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import tvm
 from cache_model import Array, numpy_dtype, to_tvm
 
+from tvm_flashinfer import variants
 from tvm_flashinfer.kv_cache import KVCache
 
 LATENT, ROPE, OWN, OWN_VO, HEADS, LAYERS = 64, 16, 48, 32, 4, 2
@@ -16,26 +18,44 @@ SCALE = 0.17
 TOLERANCE = {"float32": 4e-6, "float16": 4e-3, "bfloat16": 3e-2}
 
 
-def state(q: Array, k: Array, v: Array, offset: int) -> tuple[Array, Array]:
-    """Attention state in float64; query i sees keys up to i + offset."""
+#: Of logits [query, head, key] and positions: new logits, -inf where a key is hidden.
+Logits = Callable[[Array, Array, Array], Array]
+
+
+def state(
+    q: Array, k: Array, v: Array, offset: int, first: int = 0, changed: Logits | None = None
+) -> tuple[Array, Array]:
+    """Attention state in float64; query i sees keys up to i + offset, the first at ``first``."""
     group = q.shape[1] // k.shape[1]
     k, v = (np.repeat(x.astype(np.float64), group, axis=1) for x in (k, v))
     logits = np.einsum("nhd,thd->nht", q.astype(np.float64), k) * SCALE
+    if changed is not None:
+        at = first + offset + np.arange(len(q))[:, None, None]
+        logits = changed(logits, at, first + np.arange(len(k))[None, None])
     seen = np.arange(len(k))[None] <= np.arange(len(q))[:, None] + offset
     logits = np.where(seen[:, None], logits, -np.inf)
     if len(k) == 0:
         return np.zeros((*q.shape[:2], v.shape[2])), np.full(q.shape[:2], -np.inf)
-    top = logits.max(-1, keepdims=True)
+    top = np.maximum(logits.max(-1, keepdims=True), -1e30)
     weights = np.exp(logits - top)
     total = weights.sum(-1, keepdims=True)
-    return np.einsum("nht,thd->nhd", weights / total, v), (np.log(total) + top)[..., 0]
+    out = np.einsum("nht,thd->nhd", weights / np.where(total == 0, 1, total), v)
+    with np.errstate(divide="ignore"):
+        return out, (np.log(total) + top)[..., 0]
 
 
 class Latent:
     """A cache of latent attention and every row of every sequence."""
 
-    def __init__(self, dtype: str = "float32", page_size: int = 16) -> None:
+    def __init__(
+        self,
+        dtype: str = "float32",
+        page_size: int = 16,
+        changed: Logits | None = None,
+        **options: Any,
+    ) -> None:
         self.dtype = dtype
+        self.changed = changed
         self.cache = KVCache.create_mla(
             num_layers=LAYERS,
             num_qo_heads=HEADS,
@@ -48,6 +68,7 @@ class Latent:
             prefill_chunk_size=64,
             page_size=page_size,
             dtype=dtype,
+            **options,
         )
         self.rng = np.random.default_rng(0)
         self.rows: dict[int, Array] = {}
@@ -87,10 +108,12 @@ class Latent:
                     at += count
                     past = self.rows[seq_id][layer]
                     keys = past if parts else np.concatenate([past, rows[layer, new]])
-                    expected = state(q[new], keys[:, None], keys[:, None, :LATENT], len(past))
+                    latent = keys[:, None], keys[:, None, :LATENT]
+                    expected = state(q[new], *latent, len(past), 0, self.changed)
                     self.close(found, new, expected)
                     if parts:
-                        self.close(own_state, new, state(*(x[new] for x in own), 0))
+                        mine = [x[new] for x in own]
+                        self.close(own_state, new, state(*mine, 0, len(past), self.changed))
         at = 0
         for seq_id, count in zip(seq_ids, lengths, strict=True):
             fresh = rows[:, at : at + count]
@@ -128,9 +151,53 @@ def test_latent_attention(dtype: str, page_size: int) -> None:
     assert twin.cache.is_empty
 
 
-def test_merged_parts_are_the_whole() -> None:
+SLOPE = np.array([0.5, 0.1, 0.0, 1.0], np.float32)
+#: Variant, parameters, and the same of the oracle.
+VARIANTS: dict[str, tuple[Any, dict[str, Any], Logits]] = {
+    "soft_cap": (variants.soft_cap, {"cap": 1.5}, lambda x, at, key: 1.5 * np.tanh(x / 1.5)),
+    "alibi": (
+        variants.alibi,
+        {"slope": SLOPE},
+        lambda x, at, key: x + SLOPE[None, :, None] * (key - at),
+    ),
+    "sliding_window": (
+        variants.sliding_window,
+        {"window_left": 7},
+        lambda x, at, key: np.where(key < at - 7, -np.inf, x),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_latent_attention_with_a_variant(name: str) -> None:
+    variant, params, changed = VARIANTS[name]
+    twin = Latent(changed=changed, variant=variant, variant_params=params)
+    twin.add(0)
+    twin.add(1)
+    twin.step([0, 1], [33, 5], parts=True)
+    twin.step([1, 0], [20, 1], parts=True)
+    twin.step([1, 0], [1, 1], parts=False)
+    twin.cache.fork_sequence(0, 2, 20)
+    twin.rows[2] = twin.rows[0][:, :20]
+    twin.step([2, 1, 0], [9, 1, 4], parts=True)
+    twin.check()
+
+
+def test_variants_that_latent_attention_does_not_take() -> None:
+    sink = {"sink": np.zeros(HEADS, np.float32)}
+    with pytest.raises(ValueError, match="variant learned_sink has a sink, transforms of head"):
+        Latent(variant=variants.learned_sink, variant_params=sink)
+    for variant in (variants.rope(16), variants.quantized(), variants.sigmoid):
+        assert not variant.merges
+
+
+@pytest.mark.parametrize("name", [None, "soft_cap", "sliding_window"])
+def test_merged_parts_are_the_whole(name: str | None) -> None:
     """Plain attention: own and past states merge into what the fused form gives."""
+    variant, params, _ = (None, {}, None) if name is None else VARIANTS[name]
     options: dict[str, Any] = {
+        "variant": variant,
+        "variant_params": params,
         "num_layers": 1,
         "num_qo_heads": 6,
         "num_kv_heads": 2,
