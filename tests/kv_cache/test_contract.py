@@ -393,7 +393,10 @@ def test_every_method_of_the_installed_header_is_known() -> None:
     text = header.read_text()
     text = text[: text.index("class RNNStateObj")]
     methods = set(re.findall(r"virtual [\w:<>]+ (\w+)\(", text))
-    assert methods == set(METHODS) | set(OTHER_METHODS)
+    known = set(METHODS) | set(OTHER_METHODS)
+    assert methods <= known
+    if not tvm.__version__.startswith("0.26."):  # which has eight less
+        assert methods == known
     assert set(METHODS.values()) <= set(CALLS)
 
 
