@@ -1,0 +1,149 @@
+"""Every quantisation of mlc_llm: what compiles and runs with our cache, and what says why not.
+
+A new one, or one that starts to work, fails here: the table in docs/mlc.md is made of these lists.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import compile_model, config
+from test_logits import continuous_batch, logits
+
+#: By the dtype of keys and values: how far two ways of rounding may be apart, as a share of the
+#: logits' deviation (root mean square; another sequence's logits are 1.4 of it apart).
+TOLERANCES = {"float32": 1e-4, "float16": 1.5e-2, "bfloat16": 1e-1}
+ON_CPU = [
+    "q0f16",
+    "q0bf16",
+    "q0f32",
+    "q3f16_0",
+    "q3f16_1",
+    "q4f16_0",
+    "q4f16_1",
+    "q4f16_2",
+    "q4bf16_0",
+    "q4bf16_1",
+    "q4f32_1",
+    "q4f16_autoawq",
+    "e5m2_e5m2_f16",
+    "e4m3_e4m3_f16",
+]
+#: These compile, and say what they lack when they are run.
+NOT_ON_CPU = {
+    "q4f16_ft": "Cannot find .* fastertransformer.gemm_fp16_int",
+    "e4m3_e4m3_f16_max_calibrate": "Cannot find .* mlc_llm.calibration_observer",
+    "fp8_e4m3fn_bf16_block_scale": "Cannot find .* mlc.triton.w8a8_block_fp8_matmul",
+    "fp8_e4m3fn_bf16_block_scale_static_activation": (
+        "Cannot find .* mlc.triton.w8a8_block_fp8_matmul"
+    ),
+}
+ON_CUDA = [
+    *[name for name in ON_CPU if "f32" not in name],
+    "q4f16_ft",
+    "e4m3_e4m3_f16_max_calibrate",
+]
+_NO_FLOAT32 = "q_dtype is 'float32', CUDA kernels take float16 or bfloat16"
+_NO_TRITON = "'int' object has no attribute 'value'"  # mlc_llm's call of Triton, under TVM 0.27
+NOT_ON_CUDA = {
+    "q0f32": _NO_FLOAT32,
+    "q4f32_1": _NO_FLOAT32,
+    "fp8_e4m3fn_bf16_block_scale": _NO_TRITON,
+    "fp8_e4m3fn_bf16_block_scale_static_activation": _NO_TRITON,
+}
+#: Llama with every quantisation, the rest with what is used most.
+FOR_CUDA = [("llama", name) for name in ON_CUDA] + [
+    (family, name)
+    for family in ("qwen3", "gemma3", "mistral", "deepseek_v2")
+    for name in ("q0f16", "q4f16_1")
+]
+
+
+def family_of(quantization: str) -> str:
+    """Llama, where mlc_llm has it in that quantisation."""
+    return "qwen3" if "block_scale" in quantization else "llama"
+
+
+def sizes(quantization: str) -> dict[str, Any]:
+    """Wide enough for the groups that weights are quantised in."""
+    if "awq" in quantization:
+        heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
+        return {"hidden_size": 1024, "intermediate_size": 1024} | heads
+    if "block_scale" in quantization:
+        return {"hidden_size": 128, "intermediate_size": 256, "weight_block_size": (64, 64)}
+    return {"hidden_size": 128, "intermediate_size": 256}
+
+
+def compiled(quantization: str, cache: str = "ours") -> Path:
+    overrides = tuple(sizes(quantization).items())
+    return compile_model(family_of(quantization), quantization, cache, overrides)
+
+
+def compile_for_cuda(family: str, quantization: str, folder: Path) -> bytes:
+    """``mlc compile``; the library as it is on disk."""
+    from mlc_llm.cli import compile as mlc_compile
+
+    heads = {"qk_nope_head_dim": 48} if family == "deepseek_v2" else {"head_dim": 64}
+    (folder / "config.json").write_text(json.dumps(config(family) | sizes(quantization) | heads))
+    library = folder / "model.so"
+    arguments = [str(folder / "config.json"), "--model-type", family, "-o", str(library)]
+    arguments += ["--quantization", quantization, "--device", "nvidia/nvidia-h100"]
+    mlc_compile.main([*arguments, "--opt", "flashinfer=0;cublas_gemm=0;cudagraph=0"])
+    return library.read_bytes()
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
+
+
+def test_every_quantisation_is_in_a_list() -> None:
+    from mlc_llm.quantization import QUANTIZATION
+
+    for works, fails in ((ON_CPU, NOT_ON_CPU), (ON_CUDA, NOT_ON_CUDA)):
+        assert sorted([*works, *fails]) == sorted(QUANTIZATION)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [name if name == "q4f16_0" else pytest.param(name, marks=pytest.mark.heavy) for name in ON_CPU],
+)
+def test_on_a_cpu(quantization: str) -> None:
+    """Activations of few bits: the caches round alike, but not the same way."""
+    from mlc_llm.quantization import QUANTIZATION
+
+    ours = logits(compiled(quantization), continuous_batch)
+    theirs = logits(compiled(quantization, "tvm"), continuous_batch)
+    tolerance = TOLERANCES[QUANTIZATION[quantization].model_dtype]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert np.isfinite(mine).all()
+        apart = np.sqrt(np.mean((mine - other) ** 2, axis=-1)) / other.std(axis=-1)
+        assert apart.max() < tolerance
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("quantization", NOT_ON_CPU)
+def test_not_on_a_cpu(quantization: str) -> None:
+    with pytest.raises(Exception, match=NOT_ON_CPU[quantization]):
+        logits(compiled(quantization), continuous_batch)
+
+
+@pytest.mark.heavy
+@needs_nvcc
+@pytest.mark.parametrize(("family", "quantization"), FOR_CUDA)
+def test_device_code(family: str, quantization: str, tmp_path: Path) -> None:
+    library = compile_for_cuda(family, quantization, tmp_path)
+    assert b"tvm_flashinfer.kv_cache_create" in library
+    assert b"sm_90a" in library and b'extern "C" __global__' not in library
+    if quantization.startswith("q0"):
+        assert b"tvm_flashinfer.linear_cuda" in library
+
+
+@needs_nvcc
+@pytest.mark.parametrize("quantization", NOT_ON_CUDA)
+def test_no_device_code(quantization: str, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=NOT_ON_CUDA[quantization]):
+        compile_for_cuda(family_of(quantization), quantization, tmp_path)
