@@ -15,96 +15,92 @@
 namespace tvm_flashinfer {
 namespace cuda {
 
-/*! \brief The first of a token's partial outputs of a query head. */
-template <typename C>
-__device__ __forceinline__ float* FirstPartial(const AttentionParams& p, int token, int head) {
-  const int64_t row = p.plan.merge_rows[p.plan.merge_indptr[token]];
-  return p.o_partial + (row * p.num_qo_heads + head) * C::kHeadDimVO;
-}
-
-/*! \brief Merge the states of one token, of every query head of a KV head. All consumers call it.
+/*!
+ * \brief Merge the states of one token and query head; by one warp, a lane a state for weights and
+ * four columns of each 128 for outputs.
  */
 template <typename C, typename Variant>
-__device__ __forceinline__ void MergeToken(const AttentionParams& p,
-                                           const typename Variant::Params& variant, int token,
-                                           int kv_head, float* lse, int32_t* rows) {
-  const int group = p.num_qo_heads / p.num_kv_heads;
+__device__ __forceinline__ void MergeRow(const AttentionParams& p,
+                                         const typename Variant::Params& variant, int token,
+                                         int head, int lane) {
+  constexpr int kPanels = CeilDiv(C::kHeadDimVO, 4 * kWarpSize);
+  constexpr int kBatch = kPanels >= 4 ? 2 : 8;  // states whose outputs are loaded at a time
   const int begin = p.plan.merge_indptr[token];
   const int count = p.plan.merge_indptr[token + 1] - begin;
-  constexpr int kUnits = C::kHeadDimVO / 4;
-  constexpr int kBatch = 8;
-  // Every thread passes the barriers below equally often, whether it has a unit left or not.
-  for (int first = 0; first < group * kUnits; first += C::kConsumerThreads) {
-    const int unit = first + static_cast<int>(threadIdx.x);
-    const bool active = unit < group * kUnits;
-    const int g = active ? unit / kUnits : 0, column = unit % kUnits * 4;
-    float top = TVM_FLASHINFER_NEG_INF, sum = 0.0f;
-    float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int done = 0; done < count; done += C::kMergeStates) {
-      const int states = min(C::kMergeStates, count - done);
-      Pipeline<C>::SyncConsumers();
-      for (int i = static_cast<int>(threadIdx.x); i < states * group; i += C::kConsumerThreads) {
-        const int row = p.plan.merge_rows[begin + done + i / group];
-        if (i % group == 0) rows[i / group] = row;
-        lse[i] = ptx::LoadL2(p.lse_partial + int64_t{row} * p.num_qo_heads + kv_head * group +
-                             i % group) *
-                 kLog2e;
-      }
-      Pipeline<C>::SyncConsumers();
-      if (!active) continue;
-      float new_top = top;
-      for (int i = 0; i < states; ++i) new_top = fmaxf(new_top, lse[i * group + g]);
-      const float shift = new_top == TVM_FLASHINFER_NEG_INF ? 0.0f : new_top;
-      const float rescale = ptx::Exp2(top - shift);
-      top = new_top;
-      sum *= rescale;
+  const int column = lane * 4;
+  float top = TVM_FLASHINFER_NEG_INF, sum = 0.0f;
+  float x[kPanels][4] = {};
+  for (int done = 0; done < count; done += kWarpSize) {
+    const int states = min(kWarpSize, count - done);
+    // Lanes past the end repeat the last state, with no weight.
+    const int row = p.plan.merge_rows[begin + done + min(lane, states - 1)];
+    float o[kBatch][kPanels][4];
+    const auto load = [&](int first) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] *= rescale;
-      // Loads of a batch first, so that they are in flight together.
-      for (int i = 0; i < states; i += kBatch) {
-        float o[kBatch][4];
+      for (int n = 0; n < kBatch; ++n) {
+        const int64_t from = __shfl_sync(0xffffffffu, row, first + n);
 #pragma unroll
-        for (int n = 0; n < kBatch; ++n) {
-          const int state = min(i + n, states - 1);
-          ptx::LoadL2(o[n], p.o_partial +
-                                (int64_t{rows[state]} * p.num_qo_heads + kv_head * group + g) *
-                                    C::kHeadDimVO +
-                                column);
+        for (int panel = 0; panel < kPanels; ++panel) {
+          const int at = min(panel * 4 * kWarpSize + column, C::kHeadDimVO - 4);
+          ptx::LoadL2(o[n][panel],
+                      p.o_partial + (from * p.num_qo_heads + head) * C::kHeadDimVO + at);
         }
+      }
+    };
+    const float natural = ptx::LoadL2(p.lse_partial + int64_t{row} * p.num_qo_heads + head);
+    load(0);
+    const float lse = natural * kLog2e;
+    const float new_top = fmaxf(top, WarpMax(lse));
+    const float shift = new_top == TVM_FLASHINFER_NEG_INF ? 0.0f : new_top;
+    const float rescale = ptx::Exp2(top - shift);
+    const float weight = lane < states ? ptx::Exp2(lse - shift) : 0.0f;
+    top = new_top;
+    sum = sum * rescale + WarpSum(weight);
 #pragma unroll
-        for (int n = 0; n < kBatch; ++n) {
-          const float weight = i + n < states ? ptx::Exp2(lse[(i + n) * group + g] - shift) : 0.0f;
-          sum += weight;
+    for (int panel = 0; panel < kPanels; ++panel) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) x[e] += weight * o[n][e];
+      for (int e = 0; e < 4; ++e) x[panel][e] *= rescale;
+    }
+    for (int i = 0; i < states; i += kBatch) {
+      if (i > 0) load(i);
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) {
+        const float w = __shfl_sync(0xffffffffu, weight, i + n);
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) x[panel][e] += w * o[n][panel][e];
         }
       }
     }
-    if (!active) continue;
-    const int head = kv_head * group + g;
-    const StateWriter<typename C::T, C::kHeadDimVO> writer(p, token, head, -1);
-    const StateFinish finish = FinishState<Variant>(p, variant, token, head, true, top, sum);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) x[e] *= finish.scale;
-    if constexpr (Variant::kHasOutput) {
-      // Over the first partial output, of which only this thread needed these columns.
-      float* whole = FirstPartial<C>(p, token, head) + column;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) whole[e] = x[e];
-    } else {
-      writer.Write(column, x);
-    }
-    if (column == 0) writer.WriteLse(finish.lse);
   }
+  const StateWriter<typename C::T, C::kHeadDimVO> writer(p, token, head, -1);
+  const StateFinish finish = FinishState<Variant>(p, variant, token, head, true, top, sum);
+  // A transform of outputs sees the whole row: it is left over the first partial output.
+  float* whole =
+      p.o_partial + (int64_t{p.plan.merge_rows[begin]} * p.num_qo_heads + head) * C::kHeadDimVO;
+#pragma unroll
+  for (int panel = 0; panel < kPanels; ++panel) {
+    const int at = panel * 4 * kWarpSize + column;
+    if (at >= C::kHeadDimVO) continue;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[panel][e] *= finish.scale;
+    if constexpr (Variant::kHasOutput) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) whole[at + e] = x[panel][e];
+    } else {
+      writer.Write(at, x[panel]);
+    }
+  }
+  if (lane == 0) writer.WriteLse(finish.lse);
   if constexpr (Variant::kHasOutput) {
-    Pipeline<C>::SyncConsumers();
-    for (int unit = static_cast<int>(threadIdx.x); unit < group * kUnits;
-         unit += C::kConsumerThreads) {
-      const int head = kv_head * group + unit / kUnits, column = unit % kUnits * 4;
-      float x[4];
-      TransformOutput<Variant, C::kHeadDimVO>(p, variant, token, head,
-                                              FirstPartial<C>(p, token, head), column, x);
-      StateWriter<typename C::T, C::kHeadDimVO>(p, token, head, -1).Write(column, x);
+    __syncwarp();
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      const int at = panel * 4 * kWarpSize + column;
+      if (at >= C::kHeadDimVO) continue;
+      TransformOutput<Variant, C::kHeadDimVO>(p, variant, token, head, whole, at, x[panel]);
+      writer.Write(at, x[panel]);
     }
   }
 }
@@ -120,9 +116,7 @@ template <typename C, typename Variant>
 __device__ __forceinline__ void MergeCompleted(const AttentionParams& p,
                                                const typename Variant::Params& variant,
                                                const WorkItem& item, uint8_t* smem) {
-  int32_t* complete = reinterpret_cast<int32_t*>(smem);           // [kRows] tokens
-  int32_t* rows = complete + C::kRows;                            // [kMergeStates]
-  float* lse = reinterpret_cast<float*>(rows + C::kMergeStates);  // [kMergeStates, group]
+  int32_t* complete = reinterpret_cast<int32_t*>(smem);  // [kRows] tokens
   static_assert(C::kRows <= C::kConsumerThreads, "a thread counts for at most one token");
   const int t = static_cast<int>(threadIdx.x);
   const bool counts = t < item.q_count;
@@ -136,8 +130,12 @@ __device__ __forceinline__ void MergeCompleted(const AttentionParams& p,
     complete[t] = last;
   }
   Pipeline<C>::SyncConsumers();
-  for (int i = 0; i < item.q_count; ++i) {
-    if (complete[i]) MergeToken<C, Variant>(p, variant, item.q_begin + i, item.head, lse, rows);
+  const int group = p.num_qo_heads / p.num_kv_heads;
+  for (int row = t / kWarpSize; row < item.q_count * group; row += C::kConsumerWarps) {
+    if (complete[row / group]) {
+      MergeRow<C, Variant>(p, variant, item.q_begin + row / group, item.head * group + row % group,
+                           t % kWarpSize);
+    }
   }
   Pipeline<C>::SyncConsumers();  // the next item reuses the memory
 }

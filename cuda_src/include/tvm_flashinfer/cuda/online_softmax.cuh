@@ -115,6 +115,22 @@ struct OnlineSoftmax {
   }
 };
 
+/*! \brief Over the lanes of a warp. */
+__device__ __forceinline__ float WarpMax(float x) {
+#pragma unroll
+  for (int delta = kWarpSize / 2; delta > 0; delta /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, delta));
+  }
+  return x;
+}
+__device__ __forceinline__ float WarpSum(float x) {
+#pragma unroll
+  for (int delta = kWarpSize / 2; delta > 0; delta /= 2) {
+    x += __shfl_xor_sync(0xffffffffu, x, delta);
+  }
+  return x;
+}
+
 /*! \brief Natural-log LSE of a state; -inf where nothing was visible. */
 __device__ __forceinline__ float NaturalLse(float max_log2, float sum) {
   return sum > 0.0f ? max_log2 * kLn2 + logf(sum) : TVM_FLASHINFER_NEG_INF;
