@@ -147,6 +147,9 @@ inline void ToFloat4(uint32_t packed, float (&x)[4]) {
     x[i] = ::tvm_flashinfer::ToFloat(T{static_cast<uint8_t>(packed >> (8 * i))});
   }
 }
+inline uint32_t SwapInnerBytes(uint32_t x) {
+  return (x & 0xff0000ffu) | (x >> 8 & 0xff00u) | (x << 8 & 0xff0000u);
+}
 template <typename T>
 inline T FromFloat(float x) {
   return ::tvm_flashinfer::FromFloat<T>(x);

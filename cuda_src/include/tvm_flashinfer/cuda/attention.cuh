@@ -18,6 +18,7 @@
 #include "convert.cuh"
 #include "mask.cuh"
 #include "merge.cuh"
+#include "narrow_operands.cuh"
 #include "online_softmax.cuh"
 #include "output.cuh"
 #include "pipeline.cuh"
@@ -35,10 +36,18 @@ namespace cuda {
 template <typename C>
 class QFragments {
  public:
-  __device__ __forceinline__ QFragments(const BlockLayout<C>& at, uint32_t tile) : tile_(tile) {
+  __device__ __forceinline__ QFragments(const BlockLayout<C>& at, const Pipeline<C>& pipeline,
+                                        int slot)
+      : tile_(pipeline.Q(slot)) {
     if constexpr (C::kQInRegisters) {
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) QTile<C>::Fragment(registers_[k], at, tile, k);
+      for (int k = 0; k < kSteps; ++k) {
+        if constexpr (C::kDirect) {
+          NarrowQFragment<C>(registers_[k], at, pipeline.smem + (tile_ - pipeline.base), k);
+        } else {
+          QTile<C>::Fragment(registers_[k], at, tile_, k);
+        }
+      }
     }
   }
   __device__ __forceinline__ void Get(uint32_t (&a)[4], const BlockLayout<C>& at, int k) const {
@@ -127,7 +136,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& p,
     if (info.valid == 0) return;
     const QTile<C> q(p, info.item);
     TransformQueries<C, Variant>(p, variant, q, pipeline, pipeline.Q(items.slot));
-    const QFragments<C> q_fragments(at, pipeline.Q(items.slot));
+    const QFragments<C> q_fragments(at, pipeline, items.slot);
     if constexpr (C::kQInRegisters) release(pipeline.ItemEmpty(items.slot));
     const ItemMask<C, Variant> mask(p, variant, info, q, at);
 
@@ -139,14 +148,24 @@ __device__ __forceinline__ void Consume(const AttentionParams& p,
       float s[C::kSliceKV / 8][4];
       ptx::MbarrierWait(pipeline.FullK(stages.slot), stages.phase);
       if (tile != TileClass::kEmpty) {
-        MultiplyQK<C>(s, q_fragments, at, operands.K(info, step, stages.slot));
+        const uint32_t k_tile = operands.K(info, step, stages.slot);
+        if constexpr (C::kDirect) {
+          MultiplyNarrowQK<C>(s, q_fragments, at, k_tile);
+        } else {
+          MultiplyQK<C>(s, q_fragments, at, k_tile);
+        }
         scale.Apply(s, mask, step);
         if (tile == TileClass::kMixed) mask.Mask(s, step);
         state.Update(s, scale.exponent);
       }
       ptx::MbarrierWait(pipeline.FullV(stages.slot), stages.phase);
       if (tile != TileClass::kEmpty) {
-        MultiplyPV<C>(state.o, s, at, operands.V(info, step, stages.slot));
+        const uint32_t v_tile = operands.V(info, step, stages.slot);
+        if constexpr (C::kDirect) {
+          MultiplyNarrowPV<C>(state.o, s, at, v_tile);
+        } else {
+          MultiplyPV<C>(state.o, s, at, v_tile);
+        }
       }
       release(pipeline.Empty(stages.slot));
       stages.Advance();

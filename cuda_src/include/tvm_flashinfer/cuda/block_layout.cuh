@@ -24,6 +24,15 @@ struct BlockLayout {
     slice = thread / kWarpSize / C::kWarpsQ;
   }
 
+  /*!
+   * \brief Column of element `e` (0, 1) of an output fragment's tile. Products of narrow values
+   * have even and odd columns in tiles of their own (narrow_operands.cuh).
+   */
+  __device__ __forceinline__ int Column(int tile, int e) const {
+    if constexpr (C::kDirect) return tile / 2 * 16 + lane % 4 * 4 + e * 2 + tile % 2;
+    return tile * 8 + lane % 4 * 2 + e;
+  }
+
   /*! \brief Packed row of an accumulator fragment's half (0: upper 8 rows, 1: lower 8). */
   __device__ __forceinline__ int Row(int half) const { return warp_q * 16 + half * 8 + lane / 4; }
 };

@@ -91,7 +91,7 @@ class OperandTiles {
 
   /*! \brief Keys of a step, which are in the slot. */
   __device__ __forceinline__ uint32_t K(const ItemInfo& info, int step, int slot) const {
-    if constexpr (!Form::kConvertK) return pipeline_.K(slot);
+    if constexpr (!Form::kConvertK || C::kDirect) return pipeline_.K(slot);
     if constexpr (!Form::kConvertV) converters_.Sync();
     Convert<C::kHeadDimQK, typename C::KRing, typename C::KTile, Variant::kHasKey>(
         info, step, pipeline_.K(slot), C::kOperandOffset, [&](const auto& x, const auto& at) {
@@ -108,7 +108,7 @@ class OperandTiles {
     if constexpr (Form::kSharedKV) {
       return Form::kConvertK ? pipeline_.base + C::kOperandOffset : pipeline_.K(slot);
     }
-    if constexpr (!Form::kConvertV) return pipeline_.V(slot);
+    if constexpr (!Form::kConvertV || C::kDirect) return pipeline_.V(slot);
     constexpr int kOffset = C::kOperandOffset + C::kOperandKBytes;
     if constexpr (!Form::kConvertK) converters_.Sync();
     Convert<C::kHeadDimVO, typename C::VRing, typename C::VTile, Variant::kHasValue>(

@@ -19,9 +19,10 @@ namespace cuda {
  * another type, or the variant transforms them. Else they are copied to where products read them.
  * \tparam kSharedKV_ A value is the start of its key (latent attention): rows are loaded once.
  * \tparam kSoftmax_, kRowOutputs_ Of the variant; the second: it transforms outputs.
+ * \tparam kWidened_ Converting is no more than widening an 8-bit float.
  */
 template <typename Pool_, bool kConvertK_ = false, bool kConvertV_ = false, bool kSharedKV_ = false,
-          bool kSoftmax_ = true, bool kRowOutputs_ = false>
+          bool kSoftmax_ = true, bool kRowOutputs_ = false, bool kWidened_ = false>
 struct OperandForm {
   using Pool = Pool_;
   static constexpr bool kConvertK = kConvertK_;
@@ -29,15 +30,20 @@ struct OperandForm {
   static constexpr bool kSharedKV = kSharedKV_;
   static constexpr bool kSoftmax = kSoftmax_;
   static constexpr bool kRowOutputs = kRowOutputs_;
+  static constexpr bool kWidened = kWidened_;
   //! Rows go from the pool to the products untouched, and weights are a softmax.
   static constexpr bool kPlain = !kConvertK && !kConvertV && kSoftmax;
 };
 
+template <typename T>
+inline constexpr bool kIsFloat8 = std::is_same_v<T, Float8E4M3> || std::is_same_v<T, Float8E5M2>;
+
 /*! \brief The form that a variant needs over a pool of TKV, with operands of T. */
 template <typename T, typename TKV, typename Variant, bool kSharedKV>
-using FormOf = OperandForm<TKV, !std::is_same_v<T, TKV> || Variant::kHasKey,
-                           !std::is_same_v<T, TKV> || Variant::kHasValue, kSharedKV,
-                           Variant::kSoftmax, Variant::kHasOutput>;
+using FormOf =
+    OperandForm<TKV, !std::is_same_v<T, TKV> || Variant::kHasKey,
+                !std::is_same_v<T, TKV> || Variant::kHasValue, kSharedKV, Variant::kSoftmax,
+                Variant::kHasOutput, kIsFloat8<TKV> && !Variant::kHasKey && !Variant::kHasValue>;
 
 /*! \brief A tile of rows as they lie in the pool, on their way to be converted. */
 template <typename Pool, int kCols, int kRows>

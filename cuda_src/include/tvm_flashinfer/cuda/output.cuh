@@ -199,11 +199,11 @@ __device__ __forceinline__ void MergeSlices(
       const int row = at.Row(h) - first;
       if (row < 0 || row >= C::kExchangeRows) continue;
       const int slot = at.slice * C::kExchangeRows + row;
-      float* to = o + slot * C::kExchangePitch + 2 * (at.lane % 4);
+      float* to = o + slot * C::kExchangePitch;
 #pragma unroll
       for (int n = 0; n < C::kHeadDimVO / 8; ++n) {
-        to[n * 8] = s.o[n][2 * h];
-        to[n * 8 + 1] = s.o[n][2 * h + 1];
+        to[at.Column(n, 0)] = s.o[n][2 * h];
+        to[at.Column(n, 1)] = s.o[n][2 * h + 1];
       }
       if (at.lane % 4 == 0) {
         top[slot] = s.max[h];

@@ -200,6 +200,13 @@ __device__ __forceinline__ void ToFloat4(uint32_t packed, float (&x)[4]) {
 #endif
 }
 
+/*! \brief Bytes 0, 2, 1, 3 of a word. */
+__device__ __forceinline__ uint32_t SwapInnerBytes(uint32_t x) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, 0, 0x3120;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 /*! \brief Round to a 16-bit element, to nearest even. */
 template <typename T>
 __device__ __forceinline__ T FromFloat(float x) {

@@ -61,6 +61,11 @@ struct TileConfig {
   static constexpr int kSliceKV = kWide ? 16 : kStepKV / kSlices;
   static constexpr bool kQInRegisters = kHeadDimQK <= 128;
 
+  //! Products read 8-bit floats where they lie (narrow_operands.cuh): each warp has tokens of its
+  //! own.
+  static constexpr bool kDirect = Form::kWidened && !kWide && kWarpsQ == 1 && kQInRegisters &&
+                                  kHeadDimQK % 32 == 0 && kHeadDimVO % 32 == 0;
+
   static constexpr int kLoaders = kRows == 128 ? 2 : 1;  //!< warps that load K, and as many V
   static constexpr int kProducerWarps = 2 * kLoaders;
   static constexpr int kThreads = kConsumerThreads + kProducerWarps * kWarpSize;
@@ -70,17 +75,22 @@ struct TileConfig {
   using VTile = SwizzledTile<kHeadDimVO, kStepKV>;
   // What lies in the ring: the operands themselves, or rows that are converted to them.
   using Pool = typename Form::Pool;
-  using KRing = std::conditional_t<Form::kConvertK, RawTile<Pool, kHeadDimQK, kStepKV>, KTile>;
-  using VRing = std::conditional_t<Form::kConvertV, RawTile<Pool, kHeadDimVO, kStepKV>, VTile>;
+  template <int kDim, bool kConvert>
+  using Ring = std::conditional_t<
+      kDirect, SwizzledTile<kDim / 2, kStepKV>,
+      std::conditional_t<kConvert, RawTile<Pool, kDim, kStepKV>, SwizzledTile<kDim, kStepKV>>>;
+  using KRing = Ring<kHeadDimQK, Form::kConvertK>;
+  using VRing = Ring<kHeadDimVO, Form::kConvertV>;
   static constexpr int kKBytes = KRing::kBytes;
   static constexpr int kStageBytes = kKBytes + (Form::kSharedKV ? 0 : VRing::kBytes);
-  static constexpr int kOperandKBytes = Form::kConvertK ? KTile::kBytes : 0;
-  static constexpr int kOperandBytes = kOperandKBytes + (Form::kConvertV ? VTile::kBytes : 0);
+  static constexpr int kOperandKBytes = Form::kConvertK && !kDirect ? KTile::kBytes : 0;
+  static constexpr int kOperandBytes =
+      kOperandKBytes + (Form::kConvertV && !kDirect ? VTile::kBytes : 0);
   static constexpr int kQBytes = QTile::kBytes;
 
   static constexpr int kItemSlots = kWide && kRows > 16 ? 1 : 2;
 
-  // States of the slices are exchanged a few rows at a time, a merge stages a few states at a time.
+  // States of the slices are exchanged a few rows at a time.
   static constexpr int kExchangeRows = kSlices == 1 ? 16 : kWide ? 1 : 4;
   static constexpr int kExchangePitch = kHeadDimVO + 4;  // floats; keeps rows off one bank
   static constexpr int kExchangeBytes =
@@ -88,8 +98,7 @@ struct TileConfig {
   // Wide heads: weights of a stage, and maxima or sums of each row and slice.
   using WeightTile = SwizzledTile<kStepKV, kRows>;
   static constexpr int kWeightBytes = kWide ? WeightTile::kBytes + kRows * kSlices * 4 : 0;
-  static constexpr int kMergeStates = kWide ? 16 : 32;
-  static constexpr int kMergeBytes = (kRows + kMergeStates * (kRows + 1)) * 4;
+  static constexpr int kMergeBytes = kRows * 4;
   static constexpr int Max(int a, int b) { return a > b ? a : b; }
 
   // Decode keeps 128 KiB a multiprocessor in flight: latency times bandwidth is about 40 KiB, the

@@ -1,0 +1,111 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// Products with keys and values that lie in shared memory as 8-bit floats, widened in registers on
+// their way into a fragment. ldmatrix moves pairs of bytes as it moves 16-bit elements, so a lane
+// gets four bytes that follow each other along a row. What that permutes, the head dimension of
+// Q K^T and the columns of P V, is permuted in the queries and in the output as well.
+#ifndef TVM_FLASHINFER_CUDA_NARROW_OPERANDS_CUH_
+#define TVM_FLASHINFER_CUDA_NARROW_OPERANDS_CUH_
+
+#include "block_layout.cuh"
+#include "element.cuh"
+#include "ptx.cuh"
+
+namespace tvm_flashinfer {
+namespace cuda {
+
+/*! \brief Four 8-bit floats as two pairs of operands. */
+template <typename C>
+__device__ __forceinline__ void Widen(uint32_t packed, uint32_t (&pairs)[2]) {
+  float x[4];
+  ptx::ToFloat4<typename C::Pool>(packed, x);
+  pairs[0] = ptx::Pack2<typename C::T>(x[0], x[1]);
+  pairs[1] = ptx::Pack2<typename C::T>(x[2], x[3]);
+}
+
+/*!
+ * \brief A warp's queries of dims [16 k, 16 k + 16): lane quad q has dims 4 q to 4 q + 3, which
+ * take the places of 2 q, 2 q + 1, 2 q + 8 and 2 q + 9 in the product.
+ * \param tile The query tile.
+ */
+template <typename C>
+__device__ __forceinline__ void NarrowQFragment(uint32_t (&a)[4], const BlockLayout<C>& at,
+                                                const uint8_t* tile, int k) {
+  struct alignas(8) Quad {
+    uint32_t pairs[2];
+  };
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t from = C::QTile::Offset(at.Row(h), 2 * k + at.lane % 4 / 2) + at.lane % 2 * 8;
+    const Quad quad = *reinterpret_cast<const Quad*>(tile + from);
+    a[h] = quad.pairs[0];
+    a[2 + h] = quad.pairs[1];
+  }
+}
+
+/*! \brief s = Q K^T of one slice of a stage. `q` gives fragments of NarrowQFragment. */
+template <typename C, typename QFragments>
+__device__ __forceinline__ void MultiplyNarrowQK(float (&s)[C::kSliceKV / 8][4],
+                                                 const QFragments& q, const BlockLayout<C>& at,
+                                                 uint32_t k_tile) {
+#pragma unroll
+  for (int n = 0; n < C::kSliceKV / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[n][e] = 0.0f;
+  }
+  const int row = at.slice * C::kSliceKV + at.lane % 8 + at.lane / 16 * 8;
+  const int chunk = at.lane / 8 % 2;
+#pragma unroll
+  for (int k = 0; k < C::kHeadDimQK / 32; ++k) {
+    uint32_t a[2][4];
+    q.Get(a[0], at, 2 * k);
+    q.Get(a[1], at, 2 * k + 1);
+#pragma unroll
+    for (int n = 0; n < C::kSliceKV / 16; ++n) {
+      uint32_t b[4];  // tokens of the first eight, dims of both halves; then of the second eight
+      ptx::LdMatrixX4(b, k_tile + C::KRing::Offset(n * 16 + row, k * 2 + chunk));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32_t pairs[2];
+        Widen<C>(b[i], pairs);
+        ptx::MmaM16N8K16<typename C::T>(s[2 * n + i / 2], a[i % 2], pairs[0], pairs[1]);
+      }
+    }
+  }
+}
+
+/*! \brief o += P V of one slice of a stage; columns of `o` are BlockLayout::Column. */
+template <typename C>
+__device__ __forceinline__ void MultiplyNarrowPV(float (&o)[C::kHeadDimVO / 8][4],
+                                                 const float (&s)[C::kSliceKV / 8][4],
+                                                 const BlockLayout<C>& at, uint32_t v_tile) {
+  using T = typename C::T;
+  const int row = at.slice * C::kSliceKV + at.lane % 16;
+  const int chunk = at.lane / 16;
+#pragma unroll
+  for (int k = 0; k < C::kSliceKV / 16; ++k) {
+    const uint32_t a[4] = {ptx::Pack2<T>(s[2 * k][0], s[2 * k][1]),
+                           ptx::Pack2<T>(s[2 * k][2], s[2 * k][3]),
+                           ptx::Pack2<T>(s[2 * k + 1][0], s[2 * k + 1][1]),
+                           ptx::Pack2<T>(s[2 * k + 1][2], s[2 * k + 1][3])};
+#pragma unroll
+    for (int n = 0; n < C::kHeadDimVO / 32; ++n) {
+      uint32_t b[4];  // 16 dims of the first eight tokens, of the second; then the next 16 dims
+      ptx::LdMatrixX4Trans(b, v_tile + C::VRing::Offset(k * 16 + row, n * 2 + chunk));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        // A lane has two tokens of an even and an odd dim: two tiles of one dim each.
+        uint32_t first[2], second[2];
+        Widen<C>(ptx::SwapInnerBytes(b[2 * i]), first);
+        Widen<C>(ptx::SwapInnerBytes(b[2 * i + 1]), second);
+        ptx::MmaM16N8K16<T>(o[4 * n + 2 * i], a, first[0], second[0]);
+        ptx::MmaM16N8K16<T>(o[4 * n + 2 * i + 1], a, first[1], second[1]);
+      }
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_CUDA_NARROW_OPERANDS_CUH_
