@@ -44,10 +44,11 @@ class Emulated:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tiles: tuple[int, ...] = (16,)
+        self.arch = "80"
         monkeypatch.setattr(
             attention_module,
             "_kernel_of",
-            lambda spec, _device, _progress: emulated_table(folder, spec, self.tiles),
+            lambda spec, *_: emulated_table(folder, spec, self.tiles, arch=self.arch),
         )
 
 
@@ -266,16 +267,49 @@ def test_narrow_pools(emulated: Emulated, kv_dtype: str, scales: str, tile: int)
     close(run(step, batch, params, *pools), want, "float16")
 
 
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize(
+    ("dims", "tile"), [((64, 64), 16), ((128, 96), 16), pytest.param((64, 64), 64)]
+)
+def test_pools_that_are_only_widened(
+    emulated: Emulated, kv_dtype: str, dims: tuple[int, int], tile: int
+) -> None:
+    """Without a transform, decode widens 8-bit floats in registers."""
+    emulated.tiles = (tile,)
+    batch = PagedBatch(PAIRS, 4, (6, 2), dims, "bfloat16")
+    narrow = getattr(torch, kv_dtype)
+    for side in (batch.k, batch.v):
+        side[:] = [torch.from_numpy(x).to(narrow).float().numpy() for x in side]
+    q, *pools = batch.tensors()
+    step = made(batch, None, kv_dtype=kv_dtype)
+    step.plan(batch.layout)
+    out = step.run(q, *(x.to(narrow).view(torch.uint8) for x in pools), return_lse=True)
+    close(out, batch.expected(causal=True), "bfloat16")
+
+
 # --- latent attention ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("heads", [5, pytest.param(40, marks=pytest.mark.heavy)])
-@pytest.mark.parametrize("tile", [16, pytest.param(64, marks=pytest.mark.heavy)])
-def test_values_that_start_their_keys(emulated: Emulated, heads: int, tile: int) -> None:
-    """DeepSeek's 576 and 512; heads above a tile's rows are cut into parts."""
-    emulated.tiles = (tile,)
-    pairs = [(2, 70), (1, 150), (1, 0)]
-    batch = PagedBatch(pairs, 16, (heads, 1), (576, 512), "bfloat16")
+@pytest.mark.parametrize(
+    ("arch", "tile", "heads", "page_size"),
+    [
+        ("80", 16, 5, 16),
+        ("90a", 16, 5, 16),
+        ("90a", 64, 128, 8),
+        pytest.param("80", 16, 40, 16, marks=pytest.mark.heavy),
+        pytest.param("80", 64, 40, 16, marks=pytest.mark.heavy),
+        pytest.param("90a", 64, 40, 16, marks=pytest.mark.heavy),
+        pytest.param("90a", 64, 40, 5, marks=pytest.mark.heavy),
+    ],
+)
+def test_values_that_start_their_keys(
+    emulated: Emulated, arch: str, tile: int, heads: int, page_size: int
+) -> None:
+    """DeepSeek's 576 and 512; heads above a tile's rows are cut into parts. On sm_90a by warpgroups
+    where pages are copied in boxes; pages of 5 tokens are not."""
+    emulated.tiles, emulated.arch = (tile,), arch
+    pairs = [(2, 70), (1, 150), (1, 0), (1, 9)]
+    batch = PagedBatch(pairs, page_size, (heads, 1), (576, 512), "bfloat16")
     for r, k in enumerate(batch.k):
         batch.v[r] = k[..., :512]
     q, k, _ = batch.tensors()

@@ -102,11 +102,11 @@ def build_emulated(folder: Path, spec: ModuleSpec, arch: str = "80") -> Compiled
     """Compile a module against the emulator; the kernel sources are the ones nvcc sees."""
     command = [os.environ.get("CXX", "g++"), "-x", "c++", "-std=c++17", "-O1", "-g0"]
     command += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DTVM_FLASHINFER_CUDA_EMULATION"]
-    command += ["-fPIC", "-shared", f"-I{INCLUDE}", f"-I{EMULATOR}", *_definitions(arch)]
+    command += ["-fPIC", "-shared", f"-I{INCLUDE}", f"-I{EMULATOR}", *definitions(arch)]
     return _build(folder, spec, f"emulated_{arch}", command)
 
 
-def _definitions(arch: str) -> list[str]:
+def definitions(arch: str) -> list[str]:
     """What the sources are told, for host and device alike, of the architecture."""
     return ["-DTVM_FLASHINFER_SM90A"] if arch == "90a" else []
 
@@ -128,7 +128,7 @@ def build_cuda(folder: Path, spec: ModuleSpec, arch: str) -> Compiled:
     code = f"sm_{arch}" if arch.endswith("a") else f"[sm_{arch},compute_{arch}]"
     command += [f"-gencode=arch=compute_{arch},code={code}"]
     command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-shared"]
-    command += [f"-I{INCLUDE}", *_definitions(arch)]
+    command += [f"-I{INCLUDE}", *definitions(arch)]
     return _build(folder, spec, f"sm_{arch}", command)
 
 

@@ -28,7 +28,7 @@ class BoxLoader {
   static constexpr int kBoxes = C::kStepKV / kBoxTokens;
   static_assert(kBoxes <= kWarpSize, "every lane knows the place of one box at most");
   static_assert(C::KTile::kGroupBytes == C::kHeadDimQK * kBoxTokens * 2 &&
-                    C::VTile::kGroupBytes == C::kHeadDimVO * kBoxTokens * 2,
+                    (C::kSharedKV || C::VTile::kGroupBytes == C::kHeadDimVO * kBoxTokens * 2),
                 "a box is one stretch of a tile");
 
   __device__ __forceinline__ BoxLoader(const AttentionParams& p,
@@ -42,14 +42,20 @@ class BoxLoader {
         warp_(warp),
         lane_(lane) {}
 
-  __device__ __forceinline__ void Load(const ItemInfo& info, int slot) {
+  __device__ __forceinline__ void Load(const ItemInfo& info,
+                                       const RingCursor<C::kItemSlots>& items) {
     if (warp_ == 0) {
       LoadSteps(info, [&](const TokenPlace& place, int count) { LoadK(info.item, place, count); });
     } else if (warp_ == 1) {
+      if constexpr (C::kSharedKV) return;
       LoadSteps(info, [&](const TokenPlace& place, int count) { LoadV(info.item, place, count); });
     } else {
       ptx::WaitForEarlierLaunches();
-      CopyQueries<C, Variant>(p_, info.item, pipeline_, slot, warp_ - 2, lane_);
+      if constexpr (C::kQuerySlots == 1) {
+        const RingCursor<C::kItemSlots> last = items.Before();
+        ptx::MbarrierWait(pipeline_.ItemEmpty(last.slot), last.phase);
+      }
+      CopyQueries<C, Variant>(p_, info.item, pipeline_, items.slot, warp_ - 2, lane_);
     }
   }
 
@@ -78,34 +84,50 @@ class BoxLoader {
 
   /*! Tokens past the chunk's end may be anything: their logits are masked. */
   __device__ __forceinline__ void LoadK(const WorkItem& item, const TokenPlace& place, int count) {
+    using Tile = typename C::KTile;
+    const uint32_t tile = pipeline_.K(stages_.slot), full = pipeline_.FullK(stages_.slot);
     ptx::MbarrierWait(pipeline_.EmptyK(stages_.slot), stages_.phase ^ 1);
-    CopyBoxes<typename C::KTile>(maps_.k, item.head, place, CeilDiv(count, kBoxTokens),
-                                 pipeline_.K(stages_.slot), pipeline_.FullK(stages_.slot));
+    int boxes = CeilDiv(count, kBoxTokens);
+    if constexpr (C::kSharedKV) {
+      boxes = count / kBoxTokens;
+      if (count < C::kStepKV && warp_ == 0)
+        CopyEnd<Tile>(p_.k, p_.k_strides, item, place, count, tile);
+    }
+    CopyBoxes<Tile>(maps_.k, MapHead(p_.k_strides, item.head), place, boxes, tile, full);
   }
 
-  /*! Tokens past the chunk's end are zeros: 0 x NaN of a stale row would not be. */
   __device__ __forceinline__ void LoadV(const WorkItem& item, const TokenPlace& place, int count) {
     using Tile = typename C::VTile;
-    const uint32_t tile = pipeline_.V(stages_.slot);
+    const uint32_t tile = pipeline_.V(stages_.slot), full = pipeline_.FullV(stages_.slot);
     ptx::MbarrierWait(pipeline_.EmptyV(stages_.slot), stages_.phase ^ 1);
+    if (count < C::kStepKV) CopyEnd<Tile>(p_.v, p_.v_strides, item, place, count, tile);
+    CopyBoxes<Tile>(maps_.v, MapHead(p_.v_strides, item.head), place, count / kBoxTokens, tile,
+                    full);
+  }
+
+  /*!
+   * \brief The part of a tile of values that whole boxes do not reach. Tokens past the chunk's end
+   * are zeros: 0 x NaN of a stale row would not be.
+   */
+  template <typename Tile>
+  __device__ __forceinline__ void CopyEnd(const void* pool, const KVStrides& strides,
+                                          const WorkItem& item, const TokenPlace& place, int count,
+                                          uint32_t tile) const {
+    const T* v = static_cast<const T*>(pool) + item.head * strides.head;
     const int boxes = count / kBoxTokens;
-    if (count < C::kStepKV) {
-      const T* v = static_cast<const T*>(p_.v) + item.head * p_.v_strides.head;
-      const int64_t first = __shfl_sync(0xffffffffu, place.Offset(p_.v_strides), boxes);
+    const int64_t first = __shfl_sync(0xffffffffu, place.Offset(strides), boxes);
 #pragma unroll 1
-      for (int copy = lane_; copy < (C::kStepKV - boxes * kBoxTokens) * Tile::kChunks;
-           copy += kWarpSize) {
-        const int row = copy / Tile::kChunks, chunk = copy % Tile::kChunks;
-        const bool exists = boxes * kBoxTokens + row < count;
-        const int64_t from = exists ? first + row * p_.v_strides.token : 0;
-        ptx::CpAsync16OrZero(tile + Tile::Offset(boxes * kBoxTokens + row, chunk),
-                             v + from + chunk * kElementsPerChunk, exists);
-      }
-      ptx::WaitForCopies();
-      ptx::FenceAsyncProxy();
-      __syncwarp();
+    for (int copy = lane_; copy < (C::kStepKV - boxes * kBoxTokens) * Tile::kChunks;
+         copy += kWarpSize) {
+      const int row = copy / Tile::kChunks, chunk = copy % Tile::kChunks;
+      const bool exists = boxes * kBoxTokens + row < count;
+      const int64_t from = exists ? first + row * strides.token : 0;
+      ptx::CpAsync16OrZero(tile + Tile::Offset(boxes * kBoxTokens + row, chunk),
+                           v + from + chunk * kElementsPerChunk, exists);
     }
-    CopyBoxes<Tile>(maps_.v, item.head, place, boxes, tile, pipeline_.FullV(stages_.slot));
+    ptx::WaitForCopies();
+    ptx::FenceAsyncProxy();
+    __syncwarp();
   }
 
   template <typename Tile>

@@ -18,6 +18,11 @@ constexpr int kBoxTokens =
 /*! \brief What kernels that gather rows take instead of maps. */
 struct NoMaps {};
 
+/*! \brief Coordinate of a KV head in a map. Heads that lie on each other are one there. */
+__device__ __forceinline__ int MapHead(const KVStrides& strides, int head) {
+  return strides.head == 0 ? 0 : head;
+}
+
 /*! \brief K and V pools as [page, KV head, panel of 64 elements, token of the page, element]. */
 struct KVMaps {
   ptx::TensorMap k, v;
@@ -36,9 +41,9 @@ struct KVMapShape {
   KVMapShape(const AttentionParams& p, const KVStrides& strides, int head_dim)
       // The pool's pages are not counted here: page ids come from a plan.
       : size{64, static_cast<uint64_t>(p.page_size), static_cast<uint64_t>(head_dim / 64),
-             static_cast<uint64_t>(p.num_kv_heads), uint64_t{1} << 31},
+             static_cast<uint64_t>(strides.head == 0 ? 1 : p.num_kv_heads), uint64_t{1} << 31},
         stride_bytes{static_cast<uint64_t>(strides.token) * 2, 128,
-                     static_cast<uint64_t>(strides.head) * 2,
+                     static_cast<uint64_t>(strides.head == 0 ? strides.page : strides.head) * 2,
                      static_cast<uint64_t>(strides.page) * 2},
         box{64, kBoxTokens, static_cast<uint32_t>(head_dim / 64), 1, 1} {}
 };

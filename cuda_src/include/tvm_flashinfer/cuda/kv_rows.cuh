@@ -14,14 +14,10 @@
 namespace tvm_flashinfer {
 namespace cuda {
 
-/*!
- * \brief Copy 32 rows of a tile, each of which one lane knows the offset of. Rows that are not
- * there
- * (-1) are zeros: 0 x NaN of a stale row would not be.
- */
+/*! \brief CopyRows of rows of at most 32 chunks. */
 template <typename Tile, typename T>
-__device__ __forceinline__ void CopyRows(const T* from, int64_t offset, int first_row, int lane,
-                                         uint32_t tile) {
+__device__ __forceinline__ void CopyNarrowRows(const T* from, int64_t offset, int first_row,
+                                               int lane, uint32_t tile) {
   constexpr int kRowsPerCopy = kWarpSize / Tile::kChunks;
   constexpr int kCopiesPerGroup = 8 / kRowsPerCopy;
   const int row = lane / Tile::kChunks, chunk = lane % Tile::kChunks;
@@ -45,6 +41,28 @@ __device__ __forceinline__ void CopyRows(const T* from, int64_t offset, int firs
       ptx::CpAsync16OrZero(tile + Tile::Offset(first_row + i * kRowsPerCopy + row, chunk),
                            column + (at < 0 ? 0 : at), at >= 0);
     }
+  }
+}
+
+/*!
+ * \brief Copy 32 rows of a tile, each of which one lane knows the offset of. Rows that are not
+ * there
+ * (-1) are zeros: 0 x NaN of a stale row would not be.
+ */
+template <typename Tile, typename T>
+__device__ __forceinline__ void CopyRows(const T* from, int64_t offset, int first_row, int lane,
+                                         uint32_t tile) {
+  if constexpr (Tile::kChunks > kWarpSize) {
+#pragma unroll 4
+    for (int i = 0; i < kWarpSize; ++i) {
+      const int64_t at = __shfl_sync(0xffffffffu, offset, i);
+      for (int chunk = lane; chunk < Tile::kChunks; chunk += kWarpSize) {
+        ptx::CpAsync16OrZero(tile + Tile::Offset(first_row + i, chunk),
+                             from + (at < 0 ? 0 : at) + chunk * kElementsPerChunk, at >= 0);
+      }
+    }
+  } else {
+    CopyNarrowRows<Tile>(from, offset, first_row, lane, tile);
   }
 }
 
@@ -95,10 +113,11 @@ class RowLoader {
         warp_(warp),
         lane_(lane) {}
 
-  __device__ __forceinline__ void Load(const ItemInfo& info, int slot) {
+  __device__ __forceinline__ void Load(const ItemInfo& info,
+                                       const RingCursor<C::kItemSlots>& items) {
     Rows first = Find(info, StepsDown<C, Variant>(variant_, info).step());
     ptx::WaitForEarlierLaunches();
-    CopyQueries<C, Variant>(p_, info.item, pipeline_, slot, warp_, lane_);
+    CopyQueries<C, Variant>(p_, info.item, pipeline_, items.slot, warp_, lane_);
     if (warp_ < C::kTileWarps) {
       LoadTiles<typename C::KTile>(
           info, first, p_.k, p_.k_strides, [&](int s) { return pipeline_.K(s); },

@@ -175,6 +175,44 @@ struct AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant, FormOf<T, T,
   }
 #endif
 };
+
+/*!
+ * \brief Latent attention by warpgroups, where pages can be copied in boxes; the grid is that of
+ * AttentionKernel in both cases, one block a multiprocessor.
+ */
+template <typename T, int kHeadDimQK, int kHeadDimVO, int kRows, typename Variant>
+struct AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant, FormOf<T, T, Variant, true>,
+                         std::enable_if_t<FitsLatent<Variant>(kHeadDimQK, kHeadDimVO)>> {
+  using C = LatentConfig<T, kHeadDimQK, kHeadDimVO>;
+  static_assert(kRows <= C::kRows, "a tile has at most as many rows as its products");
+  using Kernel = KernelInstance<C, &WarpgroupAttentionKernel<C, Variant>>;
+  using RowsC = TileConfig<T, kHeadDimQK, kHeadDimVO, kRows, FormOf<T, T, Variant, true>>;
+  using RowsKernel = KernelInstance<RowsC, &AttentionKernel<RowsC, Variant>>;
+
+#if !defined(TVM_FLASHINFER_CUDA_EMULATION)
+  static cudaError_t BlocksPerMultiprocessor(int* blocks) {
+    return Kernel::BlocksPerMultiprocessor(blocks);
+  }
+  static cudaError_t Launch(const AttentionParams& p, int num_workers, cudaStream_t stream) {
+    const auto& variant = VariantParamsOf<Variant>(p);
+    KVMaps maps;
+    if (MakeKVMaps(p, kHeadDimQK, kHeadDimVO, &maps)) {
+      return Kernel::Launch(num_workers, stream, p, variant, maps);
+    }
+    return RowsKernel::Launch(num_workers, stream, p, variant);
+  }
+#else
+  static void Emulate(const AttentionParams& p, int num_workers, bool reversed) {
+    const auto& variant = VariantParamsOf<Variant>(p);
+    KVMaps maps;
+    if (MakeKVMaps(p, kHeadDimQK, kHeadDimVO, &maps)) {
+      Kernel::Emulate(num_workers, reversed, p, variant, maps);
+    } else {
+      RowsKernel::Emulate(num_workers, reversed, p, variant);
+    }
+  }
+#endif
+};
 #endif
 
 /*!

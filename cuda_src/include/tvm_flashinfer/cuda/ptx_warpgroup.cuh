@@ -80,6 +80,27 @@ __device__ __forceinline__ void LowerRegisters() {
 // [n, k]; `WgmmaRegisters` takes a as fragments and b stored [k, n].
 
 template <typename T>
+__device__ __forceinline__ void WgmmaShared(float (&c)[4][4], uint64_t a, uint64_t b,
+                                            int accumulate) {
+#define TVM_FLASHINFER_WGMMA(type)                                                                \
+  asm volatile(                                                                                   \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %18, 0;\n\t"                                          \
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                 \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, " \
+      "1, 0, 0;\n\t}"                                                                             \
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), \
+        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), \
+        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])                                \
+      : "l"(a), "l"(b), "r"(accumulate))
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    TVM_FLASHINFER_WGMMA("bf16");
+  } else {
+    TVM_FLASHINFER_WGMMA("f16");
+  }
+#undef TVM_FLASHINFER_WGMMA
+}
+
+template <typename T>
 __device__ __forceinline__ void WgmmaShared(float (&c)[8][4], uint64_t a, uint64_t b,
                                             int accumulate) {
 #define TVM_FLASHINFER_WGMMA(type)                                                                \

@@ -6,10 +6,12 @@
 //   persistent blocks, each with
 //     a warpgroup of producers: take items, copy Q, K and V tiles    (warpgroup_producer.cuh,
 //                                                                     kv_boxes.cuh, kv_rows.cuh)
-//     two of consumers: products, variant, softmax, output           (warpgroup_consumer.cuh)
+//     two of consumers: products, variant, softmax, output           (warpgroup_consumer.cuh,
+//                                                                     latent_consumer.cuh)
 #ifndef TVM_FLASHINFER_CUDA_WARPGROUP_ATTENTION_CUH_
 #define TVM_FLASHINFER_CUDA_WARPGROUP_ATTENTION_CUH_
 
+#include "latent_consumer.cuh"
 #include "warpgroup_config.cuh"
 #include "warpgroup_consumer.cuh"
 #include "warpgroup_pipeline.cuh"
@@ -36,7 +38,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   if (warp < C::kConsumerWarps) {
     ptx::RaiseRegisters<C::kConsumerRegisters>();
-    WarpgroupConsumer<C, Variant>(p, variant, pipeline).Run();
+    if constexpr (C::kSharedKV) {
+      LatentConsumer<C, Variant>(p, variant, pipeline).Run();
+    } else {
+      WarpgroupConsumer<C, Variant>(p, variant, pipeline).Run();
+    }
   } else {
     ptx::LowerRegisters<C::kProducerRegisters>();
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;

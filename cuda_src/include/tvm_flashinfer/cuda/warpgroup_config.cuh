@@ -28,6 +28,17 @@ constexpr bool FitsWarpgroups(int head_dim_qk, int head_dim_vo, int rows) {
 }
 
 /*!
+ * \brief Whether warpgroups serve heads whose values start their keys (latent attention): any tile
+ * of at most 64 rows, one warpgroup to each half of the values.
+ */
+template <typename Variant>
+constexpr bool FitsLatent(int head_dim_qk, int head_dim_vo) {
+  return head_dim_vo == 512 && head_dim_qk >= 512 && head_dim_qk <= 576 && head_dim_qk % 64 == 0 &&
+         !Variant::kHasQuery && !Variant::kHasKey && !Variant::kHasValue && !Variant::kHasOutput &&
+         Variant::kSoftmax;
+}
+
+/*!
  * \brief Shape of the kernel for a tile of `kRows` packed rows.
  *
  * Every 64 rows have a warpgroup of consumers. One warpgroup of producers fills a ring of K and a
@@ -43,6 +54,7 @@ struct WarpgroupConfig {
   static constexpr int kRows = kRows_;
 
   static constexpr bool kBoxes = kBoxes_;
+  static constexpr bool kSharedKV = false;
   using Maps = std::conditional_t<kBoxes, KVMaps, NoMaps>;
 
   static constexpr int kConsumerGroups = kRows / 64;
@@ -67,13 +79,13 @@ struct WarpgroupConfig {
   static constexpr int kSliceKV = kStepKV;
   static constexpr int kStages = 2;
   static constexpr int kItemSlots = 2;
+  static constexpr int kQuerySlots = kItemSlots;
 
   using QTile = WgmmaTile<kHeadDimQK, kRows>;
   using KTile = WgmmaTile<kHeadDimQK, kStepKV>;
   using VTile = WgmmaTile<kHeadDimVO, kStepKV>;
 
-  static constexpr int kMergeStates = 32;
-  static constexpr int kMergeBytes = (kRows + kMergeStates * (kRows + 1)) * 4;
+  static constexpr int kMergeBytes = kRows * 4;
 
   // Shared memory: rings, query tiles, merge, item records, rows of the tiles, barriers.
   static constexpr int kVOffset = kStages * KTile::kBytes;
@@ -84,6 +96,65 @@ struct WarpgroupConfig {
   static constexpr int kRowsBytes = kRows * sizeof(QueryRow);
   static constexpr int kBarrierOffset = kRowsOffset + kItemSlots * kRowsBytes;
   static constexpr int kSharedBytes = kBarrierOffset + 8 * (4 * kStages + 3 * kItemSlots);
+};
+
+/*!
+ * \brief Shape of the kernel of latent attention: 64 packed rows, of which a step's queries may
+ * fill fewer, and values that are the first columns of their keys.
+ *
+ * A row's output does not fit a warpgroup's registers: the first warpgroup makes logits and
+ * weights, and each sums its half of the values. Steps are short, so that two or three of the four
+ * stages are on their way while one is multiplied: two stages of 64 tokens were 6 % slower.
+ */
+template <typename T_, int kHeadDimQK_, int kHeadDimVO_>
+struct LatentConfig {
+  using T = T_;
+  static constexpr int kHeadDimQK = kHeadDimQK_;
+  static constexpr int kHeadDimVO = kHeadDimVO_;
+  static constexpr int kRows = 64;
+  static constexpr int kColumns = kHeadDimVO / 2;  //!< of the output, of one warpgroup
+
+  static constexpr bool kBoxes = true;
+  static constexpr bool kSharedKV = true;
+  using Maps = KVMaps;
+
+  static constexpr int kConsumerThreads = 2 * kWarpgroupSize;
+  static constexpr int kConsumerWarps = kConsumerThreads / kWarpSize;
+  static constexpr int kProducerWarps = kWarpgroupSize / kWarpSize;
+  static constexpr int kLeadWarp = 3;
+  static constexpr int kQueryWarps = 2;
+  static constexpr int kTileWarps = 1;
+  static constexpr int kThreads = kConsumerThreads + kWarpgroupSize;
+  static constexpr int kConsumerRegisters = 216;
+  static constexpr int kProducerRegisters = 72;
+
+  // Consumers as a grid of kWarpsQ x kSlices warps: those of the second slice have the same rows.
+  static constexpr int kWarpsQ = 4;
+  static constexpr int kSlices = 2;
+
+  static constexpr int kStepKV = 32;
+  static constexpr int kSliceKV = kStepKV;
+  static constexpr int kStages = 4;
+  static constexpr int kItemSlots = 2;
+  static constexpr int kQuerySlots = 1;  //!< those of the next item wait for the end of this one's
+
+  using QTile = WgmmaTile<kHeadDimQK, kRows>;
+  using KTile = WgmmaTile<kHeadDimQK, kStepKV>;
+  using VTile = KTile;
+
+  // Shared memory: ring, queries, merge, weights and factors of a step, records, rows, barriers.
+  static constexpr int kVOffset = 0;
+  static constexpr int kQOffset = kStages * KTile::kBytes;
+  static constexpr int kScratchOffset = kQOffset + QTile::kBytes;
+  static constexpr int kMergeBytes = kRows * 4;
+  static constexpr int kWeightsOffset = kScratchOffset + kMergeBytes;
+  static constexpr int kFactorsOffset = kWeightsOffset + kRows * kStepKV * 2;
+  static constexpr int kInfoOffset = kFactorsOffset + kRows * 4;
+  static constexpr int kRowsOffset = kInfoOffset + kItemSlots * 64;
+  static constexpr int kRowsBytes = kRows * sizeof(QueryRow);
+  static constexpr int kBarrierOffset = kRowsOffset + kItemSlots * kRowsBytes;
+  static constexpr int kSharedBytes = kBarrierOffset + 8 * (4 * kStages + 3 * kItemSlots);
+  static_assert(kSharedBytes <= 227 * 1024, "a block has at most 227 KiB of shared memory");
 };
 
 }  // namespace cuda

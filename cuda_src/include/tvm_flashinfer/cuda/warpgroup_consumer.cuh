@@ -16,6 +16,7 @@
 #include "online_softmax.cuh"
 #include "ptx.cuh"
 #include "query_row.cuh"
+#include "warpgroup_consumer_base.cuh"
 #include "warpgroup_output.cuh"
 #include "warpgroup_pipeline.cuh"
 
@@ -23,22 +24,11 @@ namespace tvm_flashinfer {
 namespace cuda {
 
 template <typename C, typename Variant>
-class WarpgroupConsumer {
+class WarpgroupConsumer : private WarpgroupConsumerBase<C, Variant> {
  public:
-  using VariantParams = typename Variant::Params;
+  using Base = WarpgroupConsumerBase<C, Variant>;
   using T = typename C::T;
-
-  __device__ __forceinline__ WarpgroupConsumer(const AttentionParams& p,
-                                               const VariantParams& variant,
-                                               const WarpgroupPipeline<C>& pipeline)
-      : p_(p), variant_(variant), pipeline_(pipeline) {
-    // The same in all lanes, which the compiler sees only so.
-    group_ = __shfl_sync(0xffffffffu, at_.thread / kWarpgroupSize, 0);
-    // A scale of any sign: maxima are of logits under a positive one.
-    const float scale = Variant::kHasLogits ? 1.0f : p.sm_scale * kLog2e;
-    sign_ = scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f;
-    scale_ = scale == 0.0f ? 1.0f : fabsf(scale);
-  }
+  using Base::Base;
 
   /*! \brief Every item of the block, as the producers publish them. */
   __device__ __forceinline__ void Run() {
@@ -56,8 +46,10 @@ class WarpgroupConsumer {
 
  private:
   using State = OnlineSoftmax<C::kHeadDimVO>;
-  using Logits = float[C::kStepKV / 8][4];
-  using Weights = uint32_t[C::kStepKV / 16][4];
+  using Base::at_, Base::group_, Base::p_, Base::pipeline_, Base::scale_, Base::variant_;
+  using Base::Release, Base::Round, Base::Transform;
+  using typename Base::Logits;
+  using typename Base::Weights;
 
   __device__ __forceinline__ void Item(const ItemInfo& info,
                                        const RingCursor<C::kItemSlots>& items) {
@@ -159,37 +151,6 @@ class WarpgroupConsumer {
     ptx::WgmmaCommit();
   }
 
-  /*! \brief The variant's transform, or the scale's sign. */
-  __device__ __forceinline__ void Transform(Logits& s, const ItemMask<C, Variant>& mask,
-                                            int step) const {
-    if constexpr (Variant::kHasLogits) {
-      mask.Transform(s, step, p_.sm_scale);
-    } else if (sign_ != 1.0f) {
-#pragma unroll
-      for (int n = 0; n < C::kStepKV / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[n][e] *= sign_;
-      }
-    }
-  }
-
-  /*! \brief Probabilities as fragments of the operand type. */
-  __device__ __forceinline__ static void Round(const Logits& s, Weights& weights) {
-#pragma unroll
-    for (int k = 0; k < C::kStepKV / 16; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = s[2 * k + i / 2] + i % 2 * 2;
-        weights[k][i] = ptx::Pack2<T>(pair[0], pair[1]);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void Release(uint32_t barrier) const {
-    __syncwarp();
-    if (at_.lane == 0) ptx::MbarrierArrive(barrier);
-  }
-
   __device__ __forceinline__ void AwaitTurn() const {
     ptx::NamedBarrier(kTurnBarrier + group_, C::kConsumerThreads);
   }
@@ -199,12 +160,6 @@ class WarpgroupConsumer {
   static constexpr int kTurnBarrier = 2;  //!< the first of two; 1 is that of all consumers
   static_assert(C::kConsumerGroups == 2, "turns alternate");
 
-  const AttentionParams& p_;
-  const VariantParams& variant_;
-  const WarpgroupPipeline<C>& pipeline_;
-  const BlockLayout<C> at_;
-  int group_;  //!< warpgroup among the consumers
-  float scale_, sign_;
   RingCursor<C::kStages> k_, v_;
 };
 

@@ -36,15 +36,16 @@ __device__ __forceinline__ void TransposeQuad(uint32_t (&x)[4], int quad) {
 }
 
 /*!
- * \brief Write the states of this thread's two rows; by all lanes of a warp.
+ * \brief Write the states of this thread's two rows, 8 kTiles columns from `column` on; by all
+ * lanes of a warp.
  * \param max In log2 units; with the sum, as OnlineSoftmax::Finish leaves them.
  */
-template <typename C, typename Variant>
+template <typename C, typename Variant, int kTiles>
 __device__ __forceinline__ void WriteRows(const AttentionParams& p,
                                           const typename Variant::Params& variant,
                                           const WorkItem& item, const QueryRow (&rows)[2], int lane,
-                                          const float (&o)[C::kHeadDimVO / 8][4],
-                                          const float (&max)[2], const float (&sum)[2]) {
+                                          const float (&o)[kTiles][4], const float (&max)[2],
+                                          const float (&sum)[2], int column = 0) {
   using T = typename C::T;
   const int quad = lane % 4;
 #pragma unroll
@@ -57,9 +58,9 @@ __device__ __forceinline__ void WriteRows(const AttentionParams& p,
     }
     if (item.partial < 0) {
       T* to = static_cast<T*>(p.o) + rows[h].token * p.o_token_stride +
-              rows[h].head * p.o_head_stride + quad * kElementsPerChunk;
+              rows[h].head * p.o_head_stride + column + quad * kElementsPerChunk;
 #pragma unroll
-      for (int n = 0; n < C::kHeadDimVO / 8; n += 4) {
+      for (int n = 0; n < kTiles; n += 4) {
         // A quad holds 32 columns of a row, pair by pair; each of its lanes stores eight of them.
         uint32_t pairs[4];
 #pragma unroll
@@ -70,18 +71,18 @@ __device__ __forceinline__ void WriteRows(const AttentionParams& p,
         TransposeQuad(pairs, quad);
         if (exists) ptx::Store16(to + n * 8, pairs);
       }
-      if (exists && quad == 0 && p.lse != nullptr) {
+      if (exists && column == 0 && quad == 0 && p.lse != nullptr) {
         p.lse[int64_t{rows[h].token} * p.num_qo_heads + rows[h].head] = finish.lse;
       }
     } else if (exists) {
       const StateWriter<T, C::kHeadDimVO> writer(p, rows[h].token, rows[h].head,
                                                  item.partial + rows[h].token - item.q_begin);
 #pragma unroll
-      for (int n = 0; n < C::kHeadDimVO / 8; ++n) {
+      for (int n = 0; n < kTiles; ++n) {
         const float pair[2] = {o[n][2 * h] * finish.scale, o[n][2 * h + 1] * finish.scale};
-        writer.Write(n * 8 + 2 * quad, pair);
+        writer.Write(column + n * 8 + 2 * quad, pair);
       }
-      if (quad == 0) writer.WriteLse(finish.lse);
+      if (column == 0 && quad == 0) writer.WriteLse(finish.lse);
     }
   }
 }

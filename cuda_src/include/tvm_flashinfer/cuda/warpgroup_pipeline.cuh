@@ -27,7 +27,7 @@ struct WarpgroupPipeline {
     return base + C::kVOffset + slot * C::VTile::kBytes;
   }
   __device__ __forceinline__ uint32_t Q(int slot) const {
-    return base + C::kQOffset + slot * C::QTile::kBytes;
+    return base + C::kQOffset + slot % C::kQuerySlots * C::QTile::kBytes;
   }
   __device__ __forceinline__ uint8_t* Scratch() const { return smem + C::kScratchOffset; }
   __device__ __forceinline__ ItemInfo* Info(int slot) const {

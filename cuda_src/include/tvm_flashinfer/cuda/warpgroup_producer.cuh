@@ -44,7 +44,7 @@ class WarpgroupProducer {
       if (info.valid == 0) break;
       // The next item's record is read in the shadow of this one's copies.
       if (warp_ == C::kLeadWarp) next.valid = ReadItem<Variant>(p_, &queue, lane_, &next);
-      loader_.Load(info, items_.slot);
+      loader_.Load(info, items_);
       __syncwarp();
       if (lane_ == 0) ptx::MbarrierArrive(pipeline_.ItemEmpty(items_.slot));
       items_.Advance();

@@ -1,0 +1,80 @@
+// Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
+//
+// What the consumers of both warpgroup kernels share (warpgroup_consumer.cuh, latent_consumer.cuh).
+#ifndef TVM_FLASHINFER_CUDA_WARPGROUP_CONSUMER_BASE_CUH_
+#define TVM_FLASHINFER_CUDA_WARPGROUP_CONSUMER_BASE_CUH_
+
+#include "../params.h"
+#include "../variant.h"
+#include "block_layout.cuh"
+#include "mask.cuh"
+#include "ptx.cuh"
+#include "warpgroup_config.cuh"
+#include "warpgroup_pipeline.cuh"
+
+namespace tvm_flashinfer {
+namespace cuda {
+
+template <typename C, typename Variant>
+class WarpgroupConsumerBase {
+ public:
+  using VariantParams = typename Variant::Params;
+  using T = typename C::T;
+  using Logits = float[C::kStepKV / 8][4];
+  using Weights = uint32_t[C::kStepKV / 16][4];
+
+  __device__ __forceinline__ WarpgroupConsumerBase(const AttentionParams& p,
+                                                   const VariantParams& variant,
+                                                   const WarpgroupPipeline<C>& pipeline)
+      : p_(p), variant_(variant), pipeline_(pipeline) {
+    // The same in all lanes, which the compiler sees only so.
+    group_ = __shfl_sync(0xffffffffu, at_.thread / kWarpgroupSize, 0);
+    // A scale of any sign: maxima are of logits under a positive one.
+    const float scale = Variant::kHasLogits ? 1.0f : p.sm_scale * kLog2e;
+    sign_ = scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f;
+    scale_ = scale == 0.0f ? 1.0f : fabsf(scale);
+  }
+
+  /*! \brief The variant's transform, or the scale's sign. */
+  __device__ __forceinline__ void Transform(Logits& s, const ItemMask<C, Variant>& mask,
+                                            int step) const {
+    if constexpr (Variant::kHasLogits) {
+      mask.Transform(s, step, p_.sm_scale);
+    } else if (sign_ != 1.0f) {
+#pragma unroll
+      for (int n = 0; n < C::kStepKV / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[n][e] *= sign_;
+      }
+    }
+  }
+
+  /*! \brief Probabilities as fragments of the operand type. */
+  __device__ __forceinline__ static void Round(const Logits& s, Weights& weights) {
+#pragma unroll
+    for (int k = 0; k < C::kStepKV / 16; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = s[2 * k + i / 2] + i % 2 * 2;
+        weights[k][i] = ptx::Pack2<T>(pair[0], pair[1]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void Release(uint32_t barrier) const {
+    __syncwarp();
+    if (at_.lane == 0) ptx::MbarrierArrive(barrier);
+  }
+
+  const AttentionParams& p_;
+  const VariantParams& variant_;
+  const WarpgroupPipeline<C>& pipeline_;
+  const BlockLayout<C> at_;
+  int group_;  //!< warpgroup among the consumers
+  float scale_, sign_;
+};
+
+}  // namespace cuda
+}  // namespace tvm_flashinfer
+
+#endif  // TVM_FLASHINFER_CUDA_WARPGROUP_CONSUMER_BASE_CUH_
