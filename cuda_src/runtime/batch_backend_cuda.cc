@@ -45,6 +45,7 @@ void CudaBatchBackend::Plan(ScheduleInput* in, bool) {
   }
   in->tile_tokens = std::max(1, cuda().tiles[tile] / in->group);
   in->min_chunk = 64;
+  SetTileCosts(cuda(), tile, in);
   int64_t pages = 0;
   for (int32_t l = 0; l < in->num_levels; ++l) {
     pages += in->levels[l].kv_indptr[in->levels[l].num_rows];

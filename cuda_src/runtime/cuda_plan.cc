@@ -64,12 +64,21 @@ int ChooseTile(const CudaKernel& kernel, const ScheduleInput& in) {
         cost += (queries + tokens - 1) / tokens * RowLength(level, r, in.page_size);
       }
     }
-    cost *= std::max(rows, 64);
+    cost *= kernel.tile_costs[tile];
     if (least >= 0 && cost >= least) continue;
     least = cost;
     best = tile;
   }
   return best;
+}
+
+void SetTileCosts(const CudaKernel& kernel, int tile, ScheduleInput* in) {
+  in->compute_rows = kernel.tiles[tile];
+  if (in->num_levels > 1) {
+    in->item_overhead = 256;  // 4 us on an H100
+  } else if (kernel.head_dim_vo > 256 && kernel.tiles[tile] > 16) {
+    in->item_overhead = 512;  // a state of 64 rows is 128 KiB to write and to merge
+  }
 }
 
 int32_t HeadParts(const CudaKernel& kernel, int32_t num_qo_heads, int32_t num_kv_heads) {

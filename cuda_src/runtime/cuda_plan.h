@@ -35,6 +35,12 @@ void CheckCuda(const char* error, const char* what);
 int ChooseTile(const CudaKernel& kernel, const ScheduleInput& in);
 
 /*!
+ * \brief What items cost in a tile's launch: as much whatever rows they fill, and their start as
+ * many KV tokens as a merge of states and a first step take.
+ */
+void SetTileCosts(const CudaKernel& kernel, int tile, ScheduleInput* in);
+
+/*!
  * \brief Into how many parts the query heads of a KV head are cut, so that a tile holds one.
  *
  * Each part reads the KV head as one of its own. \throws ValueError if that takes several KV heads,

@@ -93,7 +93,8 @@ ReadCosts CudaStepRunner::PrefixCosts(int tile) const {
   ReadCosts costs;
   costs.memory = kMemoryRows;
   costs.cached = kMemoryRows / 2;  // from L2
-  costs.panel_rows = costs.panel_cost = cuda().tiles[tile];
+  costs.panel_rows = cuda().tiles[tile];
+  costs.panel_cost = std::min(costs.panel_rows, cuda().tile_costs[tile]);
   costs.reordering = kMoveTokens * kMemoryRows;
   return costs;
 }
@@ -115,12 +116,12 @@ int CudaStepRunner::Compose(int tile, ScheduleInput* in) {
   *in = flat;
   in->tile_tokens = TileTokens(best);
   if (best_gain > 0) {
-    in->compute_rows = kMemoryRows;
     format_.Use(PrefixCosts(best));
     format_.Compose(in, TileTokens(best));
   } else {
     format_.KeepFlat();
   }
+  SetTileCosts(cuda(), best, in);
   return best;
 }
 

@@ -13,7 +13,7 @@
 namespace tvm_flashinfer {
 
 //! Never that of a CPU table.
-inline constexpr int32_t kCudaKernelAbi = 0x1004;
+inline constexpr int32_t kCudaKernelAbi = 0x1005;
 
 /*!
  * \brief The new tokens of a layer: queries and keys are rotated, keys and values stored, through
@@ -78,6 +78,8 @@ struct CudaKernel : KernelTraits {
   int32_t device_type;  //!< DLPack's: CUDA, or CPU where the table runs on the emulator
   int32_t num_tiles;
   int32_t tiles[4];  //!< packed rows of the query tiles it was compiled for, ascending
+  //! What a KV token costs a tile: 64 where it is read for a few rows, or multiplied with 64.
+  int32_t tile_costs[4];
   /*! \brief Blocks of a tile's kernel that are resident at once on the current device. */
   const char* (*num_workers)(int32_t tile_rows, int32_t* blocks);
   const char* (*run)(const AttentionParams* params, int32_t tile_rows, int32_t num_workers,
