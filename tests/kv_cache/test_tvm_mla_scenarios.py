@@ -28,6 +28,11 @@ from tvm_driver import CREATE, MLA, Array, Batch, builtin, to_tvm, tvm_arguments
 TOLERANCE = {"float32": 2e-5, "float16": 1e-3}
 
 
+def einsum(terms: str, *operands: Array) -> Array:
+    """By matrix products: 128 heads take minutes otherwise."""
+    return np.asarray(np.einsum(terms, *operands, optimize=True))
+
+
 @dataclass
 class LatentDriver:
     """As Driver, of a cache of latent attention. A key is a latent row."""
@@ -83,7 +88,7 @@ class LatentDriver:
     def expanded(self, rows: Array) -> tuple[Array, Array]:
         """Keys [token, head, nope + rope] and values [token, head, nope] of latent rows."""
         latent, turned = np.split(rows.astype(np.float64), [self.latent], -1)
-        k, v = (np.einsum("tl,hlc->thc", latent, w) for w in (self.w_k, self.w_v))
+        k, v = (einsum("tl,hlc->thc", latent, w) for w in (self.w_k, self.w_v))
         turned = np.broadcast_to(turned[:, None], (*k.shape[:2], self.rope))
         return np.concatenate([k, turned], -1), v
 
@@ -127,12 +132,12 @@ class LatentDriver:
             name = "attention_kv_cache_self_attention"
             builtin(name, cache, layer, self.scale, *operands, own, lse)
         content, turned = np.split(q.astype(np.float64), [self.nope], -1)
-        absorbed = np.concatenate([np.einsum("thc,hlc->thl", content, self.w_k), turned], -1)
+        absorbed = np.concatenate([einsum("thc,hlc->thl", content, self.w_k), turned], -1)
         past, past_lse = tvm.runtime.empty((n, heads, self.latent), self.dtype), self.empty_lse(n)
         name = "attention_kv_cache_cross_attention"
         query = to_tvm(absorbed.astype(self.dtype))
         builtin(name, cache, layer, self.scale, query, past, past_lse)
-        projected = np.einsum("thl,hlc->thc", past.numpy().astype(np.float64), self.w_v)
+        projected = einsum("thl,hlc->thc", past.numpy().astype(np.float64), self.w_v)
         if decodes:
             return projected
         merge = "attention_kv_cache_merge_attn_output_inplace"
@@ -145,10 +150,10 @@ class LatentDriver:
     def expected(self, seq_id: int, layer: int, q: Array) -> Array:
         """Of a sequence's last tokens: causal attention over all its expanded keys."""
         k, v = self.expanded(self.keys[seq_id][layer])
-        logits = np.einsum("nhd,thd->hnt", q.astype(np.float64), k) * self.scale
+        logits = einsum("nhd,thd->hnt", q.astype(np.float64), k) * self.scale
         logits = np.where(np.tri(len(q), len(k), len(k) - len(q), dtype=bool), logits, -np.inf)
         weights = np.exp(logits - logits.max(-1, keepdims=True))
-        return np.einsum("hnt,thd->nhd", weights / weights.sum(-1, keepdims=True), v)
+        return einsum("hnt,thd->nhd", weights / weights.sum(-1, keepdims=True), v)
 
     # -- comparisons
 
