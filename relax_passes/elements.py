@@ -202,7 +202,9 @@ class ElementView:
         if name not in ELEMENTWISE:
             return Load(expr, index)
         args = tuple(
-            self.at(a, self._broadcast(a, index), stop) for a in bound.args if _is_tensor(a)
+            self.at(a, self._broadcast(a, index), stop) if _is_tensor(a) else _number(a)
+            for a in bound.args
+            if _is_tensor(a) or (name in ELEMENTWISE_BINARY and tvm.ir.is_prim_expr(a))
         )
         origin = Load(expr, index) if isinstance(expr, relax.Var) else None
         return Apply(name, args, dtype_of(bound), origin)
@@ -437,6 +439,11 @@ def _whole(number: Any) -> Any:
     if isinstance(number, tirx.FloatImm) and float(number.value).is_integer():
         return tirx.IntImm("int64", int(number.value))
     return number if not isinstance(number, tirx.FloatImm) else None
+
+
+def _number(operand: Any) -> Element:
+    """A number, or a symbolic length, beside a tensor."""
+    return Const(float(operand.value)) if isinstance(operand, tirx.FloatImm) else Index(operand)
 
 
 def _is_tensor(expr: Any) -> bool:

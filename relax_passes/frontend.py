@@ -99,6 +99,7 @@ def attention_convert_map() -> Converters:
     """
     return {
         "scaled_dot_product_attention.default": _convert_sdpa,
+        "cat.default": _convert_cat,
         "cumsum.default": _convert_cumsum,
         "slice.Tensor": _convert_slice,
         "mm.default": _convert_mm,
@@ -194,6 +195,16 @@ def _repeat_heads(emit: Callable[..., relax.Var], x: relax.Var, query: relax.Var
     x = emit(relax.op.expand_dims(x, len(lead) + 1))
     x = emit(relax.op.broadcast_to(x, [*lead, kv_heads, group, length, dim]))
     return emit(relax.op.reshape(x, [*lead, heads, length, dim]))
+
+
+def _convert_cat(node: Any, importer: Any) -> relax.Var:
+    """``aten.cat``, which passes over tensors of shape [0]: an empty cache of transformers."""
+    named = dict(zip(("tensors", "dim"), node.args, strict=False)) | dict(node.kwargs)
+    values = [importer.env[x] for x in named["tensors"]]
+    kept = [x for x in values if [static_int(n) for n in shape_of(x) or ()] != [0]] or values[:1]
+    if len(kept) == 1:
+        return kept[0]
+    return importer.block_builder.emit(relax.op.concat(kept, named.get("dim", 0)))
 
 
 def _convert_cumsum(node: Any, importer: Any) -> relax.Var:

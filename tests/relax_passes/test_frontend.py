@@ -77,7 +77,7 @@ def test_dropout_is_refused() -> None:
 MENDED: dict[str, tuple[str, bool, bool, str]] = {
     "gpt2": ("sdpa", True, False, "causal+padding"),
     "falcon": ("eager", True, False, "causal+padding"),
-    "llama": ("sdpa", False, False, "causal+packed-documents"),
+    "llama": ("sdpa", False, False, "causal"),
     "bert": ("sdpa", True, True, "padding"),
 }
 

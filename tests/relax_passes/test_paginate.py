@@ -11,8 +11,10 @@ import torch
 import tvm
 from checkpoints import FAMILIES, make_model
 from stateful import MAX_SEQ_LEN, check, compile_small, full_forward
+from transformers import DynamicCache
 from tvm.relax.frontend.torch import from_exported_program
 
+from relax_passes.frontend import from_torch
 from relax_passes.importer import import_causal_lm
 from relax_passes.paginate import PaginateAttention
 from relax_passes.pipeline import compile_causal_lm
@@ -91,6 +93,45 @@ def test_eager_graph_with_an_attention_mask_input(
     )
     assert [s.form for s in compiled.report.sites] == ["B", "B"]
     assert compiled.report.sites[0].mask == "causal"
+    check(driver(compiled), full_forward(model, tokens), tokens, tolerance=2e-6)
+
+
+def test_transformers_with_past_keys_and_values(
+    driver: Callable[[Any], Any], tokens: np.ndarray
+) -> None:
+    """As transformers exports them: a DynamicCache of what is given, and what it has become."""
+    model = make("llama")
+
+    class WithPast(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Any, mask: Any, *past: Any) -> Any:
+            cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+            out = self.model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            new = [x for layer in out.past_key_values.layers for x in (layer.keys, layer.values)]
+            return out.logits, *new
+
+    config, auto = model.config, torch.export.Dim.AUTO
+    shape = (1, config.num_key_value_heads, 6, config.head_dim)
+    past = [torch.zeros(shape) for _ in range(2 * config.num_hidden_layers)]
+    example = (torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 10, dtype=torch.long), *past)
+    shapes = ({1: auto}, {1: auto}, tuple({2: auto} for _ in past))
+    with torch.no_grad():
+        program = torch.export.export(WithPast().eval(), example, dynamic_shapes=shapes)
+    imported = import_causal_lm(model)
+    imported.module = from_torch(program, keep_params_as_input=True)
+    imported.module["main"] = imported.module["main"].without_attr("params")
+    imported.params = {n: p.detach().numpy() for n, p in program.named_parameters()}
+    compiled = compile_causal_lm(
+        imported,
+        max_batch=4,
+        max_seq_len=MAX_SEQ_LEN,
+        prefill_chunk_size=32,
+        all_ones_inputs=["mask"],
+    )
+    assert [s.mask for s in compiled.report.sites] == ["causal"] * 2
     check(driver(compiled), full_forward(model, tokens), tokens, tolerance=2e-6)
 
 
