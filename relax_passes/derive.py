@@ -20,7 +20,16 @@ import numpy as np
 from tvm import relax, tirx
 
 from relax_passes.attention_site import AttentionSite
-from relax_passes.elements import Apply, Const, Element, ElementView, Index, Load, to_prim
+from relax_passes.elements import (
+    COMPARISONS,
+    Apply,
+    Const,
+    Element,
+    ElementView,
+    Index,
+    Load,
+    to_prim,
+)
 from relax_passes.graph import dtype_of, is_float, op_name, shape_of, static_int
 from relax_passes.logits import Hidden, NotProvenError, loads
 from relax_passes.mask import conjuncts
@@ -461,12 +470,7 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "minimum": tirx.min,
     "floor_divide": tirx.floordiv,
     "floor_mod": tirx.floormod,
-    "less": tirx.LT,
-    "less_equal": tirx.LE,
-    "greater": tirx.GT,
-    "greater_equal": tirx.GE,
-    "equal": tirx.EQ,
-    "not_equal": tirx.NE,
+    **COMPARISONS,
 }
 
 

@@ -127,7 +127,7 @@ class DispatchKVCache:
         libraries += rewriter.libraries
         if not (found or rewriter.count):
             return mod
-        mod = _Steps(mod).run()
+        mod = _rewritten(_Steps(mod), mod)
         present = list(mod.attrs.get("external_mods", [])) if mod.attrs else []
         return mod.with_attr("external_mods", present + _distinct(libraries))
 
@@ -250,6 +250,16 @@ def _current(builder: relax.BlockBuilder) -> Iterator[None]:
         relax.BlockBuilder._stack.pop()
 
 
+def _rewritten(mutator: Any, mod: tvm.IRModule) -> tvm.IRModule:
+    """The module with what a mutator makes of its Relax functions."""
+    for gvar, func in mod.functions_items():
+        if isinstance(func, relax.Function):
+            updated = mutator.visit_expr(func)
+            if not updated.same_as(func):
+                mutator.builder_.update_func(gvar, updated)
+    return mutator.builder_.get()
+
+
 @mutator
 class _TVMCreation(PyExprMutator):
     """Rewrites calls of ``vm.builtin.paged_attention_kv_cache_create``."""
@@ -262,12 +272,8 @@ class _TVMCreation(PyExprMutator):
         self.count = 0
 
     def run(self) -> tvm.IRModule:
-        for gvar, func in self.mod.functions_items():
-            if isinstance(func, relax.Function):
-                updated = self.visit_expr(func)
-                if not updated.same_as(func):
-                    self.builder_.update_func(gvar, updated)
-        return self.builder_.get() if self.count else self.mod
+        found = _rewritten(self, self.mod)
+        return found if self.count else self.mod
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = self.visit_expr_post_order(call)
@@ -309,18 +315,6 @@ class _TVMCreation(PyExprMutator):
 @mutator
 class _Steps(PyExprMutator):
     """Renames the calls of ``STEP_CALLS``."""
-
-    def __init__(self, mod: tvm.IRModule) -> None:
-        super().__init__(mod)
-        self.mod = mod
-
-    def run(self) -> tvm.IRModule:
-        for gvar, func in self.mod.functions_items():
-            if isinstance(func, relax.Function):
-                updated = self.visit_expr(func)
-                if not updated.same_as(func):
-                    self.builder_.update_func(gvar, updated)
-        return self.builder_.get()
 
     def visit_extern_func_(self, op: relax.ExternFunc) -> relax.Expr:
         ours = STEP_CALLS.get(str(op.global_symbol))

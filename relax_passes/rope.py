@@ -139,21 +139,22 @@ class FuseRoPE:
         """True: of the tokens' numbers; None: a constant; False: of something else."""
         if not isinstance(expr, relax.Var):
             return None if isinstance(expr, GenericConst) else False
+        if expr in self._kinds:
+            return self._kinds[expr]
         # Once for every value, or residual sums would double the walk at each; without recursion,
         # for the first of a model's values may lie thousands of operators below the last.
         waiting = [expr]
         while waiting:
             var = waiting[-1]
-            operands = () if var in self._kinds else self._operands(var)
+            operands = self._operands(var)
             kinds = [
                 self._kinds.get(x, ...) if isinstance(x, relax.Var) else self._kind(x)
                 for x in operands
             ]
-            if var not in self._kinds and False not in kinds and ... in kinds:
+            if False not in kinds and ... in kinds:
                 waiting.append(operands[kinds.index(...)])
                 continue
-            if var not in self._kinds:
-                self._kinds[var] = self._kind_of(self.graph.resolve(var), kinds)
+            self._kinds[var] = self._kind_of(self.graph.resolve(var), kinds)
             waiting.pop()
         return self._kinds[expr]
 

@@ -32,15 +32,6 @@ void CheckCuda(const char* error, const char* what) {
   TVM_FLASHINFER_CHECK(error == nullptr, RuntimeError) << what << ": " << error;
 }
 
-namespace {
-
-int64_t RowLength(const LayoutLevel& level, int32_t row, int32_t page_size) {
-  const int64_t pages = level.kv_indptr[row + 1] - level.kv_indptr[row];
-  return pages == 0 ? 0 : (pages - 1) * page_size + level.last_block_len[row];
-}
-
-}  // namespace
-
 int ChooseTile(const CudaKernel& kernel, const ScheduleInput& in) {
   if (in.num_levels == 1) {
     const int64_t requests = std::max(1, in.num_requests);
@@ -61,7 +52,7 @@ int ChooseTile(const CudaKernel& kernel, const ScheduleInput& in) {
       const LayoutLevel& level = in.levels[l];
       for (int32_t r = 0; r < level.num_rows; ++r) {
         const int64_t queries = level.qo_indptr[r + 1] - level.qo_indptr[r];
-        cost += (queries + tokens - 1) / tokens * RowLength(level, r, in.page_size);
+        cost += (queries + tokens - 1) / tokens * level.RowKVLen(r, in.page_size);
       }
     }
     cost *= kernel.tile_costs[tile];

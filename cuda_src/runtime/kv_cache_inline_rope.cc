@@ -147,17 +147,17 @@ Tensor KVCacheObj::MakeRopeTable(int32_t rotary_dim, bool interleaved) {
   const int64_t row = int64_t{config_.num_kv_heads} * dim;
   std::vector<char> keys(kAtOnce * row * element_bytes_);
   std::vector<float> ones(row), shown(row);
-  for (int32_t begin = 0; begin < positions; begin += kAtOnce) {
-    std::vector<int32_t> at(std::min(kAtOnce, positions - begin));
-    std::iota(at.begin(), at.end(), begin);
-    for (const bool first : {true, false}) {
-      for (int64_t i = 0; i < row; ++i) {
-        const auto d = static_cast<int32_t>(i % dim);
-        ones[i] = d < rotary_dim && is_first(d) == first ? 1.0f : 0.0f;
-      }
-      for (size_t i = 0; i < at.size(); ++i) {
-        FromFloats(kernel_->q_type, ones.data(), row, keys.data() + i * row * element_bytes_);
-      }
+  for (const bool first : {true, false}) {
+    for (int64_t i = 0; i < row; ++i) {
+      const auto d = static_cast<int32_t>(i % dim);
+      ones[i] = d < rotary_dim && is_first(d) == first ? 1.0f : 0.0f;
+    }
+    for (int32_t i = 0; i < kAtOnce; ++i) {
+      FromFloats(kernel_->q_type, ones.data(), row, keys.data() + i * row * element_bytes_);
+    }
+    for (int32_t begin = 0; begin < positions; begin += kAtOnce) {
+      std::vector<int32_t> at(std::min(kAtOnce, positions - begin));
+      std::iota(at.begin(), at.end(), begin);
       const Tensor turned = RotateByModel(at, keys.data());
       const char* from = static_cast<const char*>(DataOf(*turned.operator->()));
       for (size_t i = 0; i < at.size(); ++i) {

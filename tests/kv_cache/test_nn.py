@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tvm
 import tvm_ffi
+from cache_arguments import cache_arguments
 from cache_model import to_tvm
 from tvm import relax
 from tvm.relax.frontend import nn
@@ -47,31 +48,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
 
 
 def arguments(**changed: Any) -> dict[str, Any]:
-    return {
-        "attn_kind": "mha",
-        "max_batch_size": 2,
-        "max_total_seq_len": 128,
-        "prefill_chunk_size": 64,
-        "page_size": 16,
-        "support_sliding_window": 0,
-        "layer_partition": relax.ShapeExpr([0, 1]),
-        "num_hidden_layers": 1,
-        "num_attention_heads": QUERY_HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "qk_head_dim": DIM,
-        "v_head_dim": DIM,
-        "mla_original_qk_head_dim": 0,
-        "mla_original_v_head_dim": 0,
-        "rope_mode": RopeMode.NORMAL,
-        "rope_scale": 1,
-        "rope_theta": 10000,
-        "rope_scaling": {},
-        "rope_ext_factors": relax.prim_value(0),
-        "rotary_dim": DIM,
-        "enable_disaggregation": False,
-        "dtype": "float32",
-        "target": tvm.target.Target("llvm"),
-    } | changed
+    return cache_arguments((QUERY_HEADS, KV_HEADS), DIM, **changed)
 
 
 class Model(nn.Module):

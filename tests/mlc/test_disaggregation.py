@@ -13,18 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm_ffi
-from engine import Array, Engine, shape
-from models import VOCABULARY, compile_model
+from alone import check, tokens
+from engine import Engine, shape
+from models import compile_model
 
-TOLERANCE = 1e-4
 TRANSFER = "tvm_flashinfer.kv_transfer"
 DECODER, NOBODY = 5, 0  # as the engine numbers machines: `dst_group_offset`
 DISAGGREGATED = (("disaggregation", True),)
 PAGE = 16
-
-
-def tokens(count: int, seed: int = 0) -> list[int]:
-    return [int(token) for token in np.random.default_rng(seed).integers(0, VOCABULARY, count)]
 
 
 class Machines:
@@ -67,15 +63,6 @@ class Machines:
 def machines() -> Iterator[Machines]:
     yield Machines()
     tvm_ffi.registry.remove_global_func(TRANSFER)
-
-
-def check(found: Array, history: list[int]) -> None:
-    """`found` are the logits after `history`."""
-    alone = Engine(compile_model("llama"))
-    alone.add(0)
-    for begin in range(0, len(history), 64):
-        expected = alone.prefill({0: history[begin : begin + 64]})
-    np.testing.assert_allclose(found.reshape(-1), expected[0], atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("chunk", [64, 17])

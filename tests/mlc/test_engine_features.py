@@ -6,30 +6,15 @@ must give the logits of the same tokens in a sequence of their own.
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from engine import Array, Engine
+from alone import check, tokens
+from engine import Engine
 from models import VOCABULARY, compile_model
-
-TOLERANCE = 1e-4
 
 
 @pytest.fixture
 def engine() -> Engine:
     return Engine(compile_model("llama"))
-
-
-def tokens(count: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(0, VOCABULARY, count).tolist()
-
-
-def check(found: Array, history: list[int]) -> None:
-    """`found` are the logits after `history`."""
-    fresh = Engine(compile_model("llama"))
-    fresh.add(0)
-    for begin in range(0, len(history), 64):
-        expected = fresh.prefill({0: history[begin : begin + 64]})
-    np.testing.assert_allclose(found.reshape(-1), expected[0], atol=TOLERANCE)
 
 
 def test_prefix_cache(engine: Engine) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tvm
 import tvm_ffi
+from cache_arguments import cache_arguments
 from tvm import relax
 from tvm.ir import GenericConst, StringImm
 from tvm.relax.frontend import nn
@@ -52,32 +53,8 @@ class Model(nn.Module):
         return self.forward(qkv, cache)[0]
 
     def create(self) -> PagedKVCache:
-        arguments = {
-            "attn_kind": "mha",
-            "max_batch_size": 2,
-            "max_total_seq_len": 128,
-            "prefill_chunk_size": 64,
-            "page_size": 16,
-            "support_sliding_window": 0,
-            "layer_partition": relax.ShapeExpr([0, LAYERS]),
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "qk_head_dim": DIM,
-            "v_head_dim": DIM,
-            "mla_original_qk_head_dim": 0,
-            "mla_original_v_head_dim": 0,
-            "rope_mode": RopeMode.NORMAL,
-            "rope_scale": 1,
-            "rope_theta": 10000,
-            "rope_scaling": {},
-            "rope_ext_factors": relax.prim_value(0),
-            "rotary_dim": DIM,
-            "enable_disaggregation": False,
-            "dtype": "float32",
-            "target": tvm.target.Target("llvm"),
-        }
-        return TIRPagedKVCache(**arguments | self.changed)
+        arguments = cache_arguments((HEADS, KV_HEADS), DIM, LAYERS, **self.changed)
+        return TIRPagedKVCache(**arguments)
 
 
 def exported(**changed: Any) -> tvm.IRModule:

@@ -5,7 +5,9 @@
 #define TVM_FLASHINFER_KERNEL_TRAITS_H_
 
 #include <cstdint>
+#include <type_traits>
 
+#include "dtype.h"
 #include "interval.h"
 #include "params.h"
 #include "variant.h"
@@ -22,6 +24,17 @@ enum class ElementType : int32_t {
   kInt8 = 5,
   kInt4 = 6
 };
+
+template <typename T>
+constexpr ElementType ElementTypeOf() {
+  if constexpr (std::is_same_v<T, float>) return ElementType::kFloat32;
+  if constexpr (std::is_same_v<T, Float16>) return ElementType::kFloat16;
+  if constexpr (std::is_same_v<T, BFloat16>) return ElementType::kBFloat16;
+  if constexpr (std::is_same_v<T, Float8E4M3>) return ElementType::kFloat8E4M3;
+  if constexpr (std::is_same_v<T, Float8E5M2>) return ElementType::kFloat8E5M2;
+  if constexpr (std::is_same_v<T, Int8>) return ElementType::kInt8;
+  if constexpr (std::is_same_v<T, Int4>) return ElementType::kInt4;
+}
 
 /*! \brief The start of every kernel table. `abi` says which table it is. */
 struct KernelTraits {

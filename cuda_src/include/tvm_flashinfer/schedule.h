@@ -84,11 +84,6 @@ class Scheduler {
     if (need > bound) throw PlanOverflow(PlanSectionName(section), need, bound);
   }
 
-  static int32_t RowKVLen(const LayoutLevel& level, int32_t row, int32_t page_size) {
-    const int32_t pages = level.kv_indptr[row + 1] - level.kv_indptr[row];
-    return pages == 0 ? 0 : (pages - 1) * page_size + level.last_block_len[row];
-  }
-
   /*! Positions [lo, hi] of query tokens [begin, end), which may span requests. */
   void PositionRange(const ScheduleInput& in, int32_t begin, int32_t end, int32_t* request,
                      int32_t* lo, int32_t* hi) const {
@@ -96,15 +91,10 @@ class Scheduler {
     *hi = INT32_MIN;
     for (int32_t t = begin; t < end; ++t) {
       while (in.qo_indptr[*request + 1] <= t) ++*request;
-      const int32_t p = QPosition(in, *request, t);
+      const int32_t p = in.QPosition(*request, t);
       *lo = std::min(*lo, p);
       *hi = std::max(*hi, p);
     }
-  }
-
-  static int32_t QPosition(const ScheduleInput& in, int32_t request, int32_t t) {
-    if (in.q_position != nullptr) return in.q_position[t];
-    return in.kv_len[request] - (in.qo_indptr[request + 1] - t);
   }
 
   void MakeTiles(const ScheduleInput& in) {
@@ -122,12 +112,13 @@ class Scheduler {
       throw PlanOverflow("tile_tokens", in.tile_tokens, bounds_.max_tile_tokens);
     }
     num_tiles_ = 0;
+    heads_together_ = 1;
     for (int32_t l = 0; l < in.num_levels; ++l) {
       const LayoutLevel& level = in.levels[l];
       int32_t request = 0;
       int64_t section_kv = 0;  // of the rows so far that have more than one tile
       for (int32_t row = 0; row < level.num_rows; ++row) {
-        const int32_t kv_len = RowKVLen(level, row, in.page_size);
+        const int32_t kv_len = level.RowKVLen(row, in.page_size);
         if (kv_len == 0 && l + 1 < in.num_levels) continue;  // no state
         const int32_t section =
             in.section_kv > 0 ? static_cast<int32_t>(section_kv / in.section_kv) : 0;
@@ -141,6 +132,7 @@ class Scheduler {
           t.row = row;
           t.level = l;
           t.section = section;
+          t.heads = 1;
           t.q_begin = q;
           t.q_count = std::min(tile, level.qo_indptr[row + 1] - q);
           t.kv_begin = 0;
@@ -164,15 +156,14 @@ class Scheduler {
     }
   }
 
-  /*! Let tiles of few tokens be computed in `heads` heads together; returns whether there are any.
-   */
+  /*! Let tiles of few tokens be computed in `heads` heads together; whether there are any. */
   bool TakeTogether(int32_t heads) {
     heads_together_ = heads;
     bool any = false;
     for (int64_t i = 0; i < num_tiles_; ++i) {
-      const bool few = tiles_[i].q_count <= bounds_.together_tokens;
-      tiles_[i].heads = few ? heads : 1;
-      any |= few;
+      if (tiles_[i].q_count > bounds_.together_tokens) continue;
+      tiles_[i].heads = heads;
+      any = true;
     }
     return any;
   }
@@ -246,7 +237,6 @@ class Scheduler {
       total += int64_t{tiles_[i].kv_end - tiles_[i].kv_begin} * tiles_[i].weight;
     }
     total *= bounds_.num_kv_heads;
-    TakeTogether(1);
     const bool own_queues = !in.shared_queue && bounds_.num_workers >= bounds_.num_kv_heads;
     const int64_t in_order = own_queues ? FillInOrder(in) : INT64_MAX;
     if (own_queues && has_tail_) return;
@@ -280,11 +270,9 @@ class Scheduler {
    */
   template <typename Fn>
   void ForHeadsTogether(const ScheduleInput& in, const Fn& balance) {
-    for (int32_t heads = in.shared_queue ? bounds_.heads_together : 1;; heads /= 2) {
-      const bool together = TakeTogether(heads);
-      if (!together && heads > 1) continue;
-      if (balance() || heads <= 1) return;
-    }
+    int32_t heads = in.shared_queue ? bounds_.heads_together : 1;
+    if (!TakeTogether(heads)) heads = heads_together_ = 1;
+    while (!balance() && heads > 1) TakeTogether(heads /= 2);
   }
 
   /*!
@@ -532,7 +520,7 @@ class Scheduler {
       kv_len[r] = in.kv_len[r];
       for (int32_t t = in.qo_indptr[r]; t < in.qo_indptr[r + 1]; ++t) {
         q_request[t] = in.request_ids != nullptr ? in.request_ids[r] : r;
-        q_position[t] = QPosition(in, r, t);
+        q_position[t] = in.QPosition(r, t);
       }
     }
     q_indptr[in.num_requests] = in.qo_indptr[in.num_requests];

@@ -24,6 +24,12 @@ struct LayoutLevel {
   const int32_t* last_block_len = nullptr;  //!< [num_rows] tokens in a row's last page
   const int32_t* kv_position = nullptr;     //!< [num_rows], or null: every row starts at 0
   const int32_t* tile_tokens = nullptr;     //!< [num_rows], or null: that of the batch
+
+  /*! \brief KV tokens of a row. */
+  int32_t RowKVLen(int32_t row, int32_t page_size) const {
+    const int32_t pages = kv_indptr[row + 1] - kv_indptr[row];
+    return pages == 0 ? 0 : (pages - 1) * page_size + last_block_len[row];
+  }
 };
 
 /*! \brief What a batch needs planned. */
@@ -61,6 +67,11 @@ struct ScheduleInput {
    * 128 16-bit elements are 16 MiB. 0: all rows at once.
    */
   int32_t section_kv = 32768;
+
+  /*! \brief Position of a request's query token `t`, which counts through the batch. */
+  int32_t QPosition(int32_t request, int32_t t) const {
+    return q_position != nullptr ? q_position[t] : kv_len[request] - (qo_indptr[request + 1] - t);
+  }
 };
 
 /*! \brief A batch that does not fit the plan's bounds. Nothing was written. */

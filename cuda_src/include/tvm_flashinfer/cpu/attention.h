@@ -19,17 +19,6 @@
 namespace tvm_flashinfer {
 namespace cpu {
 
-template <typename T>
-constexpr ElementType ElementTypeOf() {
-  if constexpr (std::is_same_v<T, float>) return ElementType::kFloat32;
-  if constexpr (std::is_same_v<T, Float16>) return ElementType::kFloat16;
-  if constexpr (std::is_same_v<T, BFloat16>) return ElementType::kBFloat16;
-  if constexpr (std::is_same_v<T, Float8E4M3>) return ElementType::kFloat8E4M3;
-  if constexpr (std::is_same_v<T, Float8E5M2>) return ElementType::kFloat8E5M2;
-  if constexpr (std::is_same_v<T, Int8>) return ElementType::kInt8;
-  if constexpr (std::is_same_v<T, Int4>) return ElementType::kInt4;
-}
-
 /*!
  * \brief The attention template on a CPU.
  * \tparam TQ Queries and outputs: float, Float16 or BFloat16. Arithmetic is float32.

@@ -100,10 +100,8 @@ __device__ __forceinline__ void MultiplyPV(float (&o)[C::kHeadDimVO / 8][4],
   const int chunk = at.lane / 16;
 #pragma unroll
   for (int k = 0; k < C::kSliceKV / 16; ++k) {
-    const uint32_t a[4] = {ptx::Pack2<T>(s[2 * k][0], s[2 * k][1]),
-                           ptx::Pack2<T>(s[2 * k][2], s[2 * k][3]),
-                           ptx::Pack2<T>(s[2 * k + 1][0], s[2 * k + 1][1]),
-                           ptx::Pack2<T>(s[2 * k + 1][2], s[2 * k + 1][3])};
+    uint32_t a[4];
+    PackRowOperand<T>(a, s[2 * k], s[2 * k + 1]);
 #pragma unroll
     for (int n = 0; n < C::kHeadDimVO / 16; ++n) {
       uint32_t b[4];

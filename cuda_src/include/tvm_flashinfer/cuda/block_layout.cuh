@@ -1,10 +1,11 @@
 // Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
 //
-// Where a consumer thread stands in its block.
+// Where a consumer thread stands in its block, and what its fragments are to a product.
 #ifndef TVM_FLASHINFER_CUDA_BLOCK_LAYOUT_CUH_
 #define TVM_FLASHINFER_CUDA_BLOCK_LAYOUT_CUH_
 
 #include "platform.cuh"
+#include "ptx.cuh"
 
 namespace tvm_flashinfer {
 namespace cuda {
@@ -36,6 +37,17 @@ struct BlockLayout {
   /*! \brief Packed row of an accumulator fragment's half (0: upper 8 rows, 1: lower 8). */
   __device__ __forceinline__ int Row(int half) const { return warp_q * 16 + half * 8 + lane / 4; }
 };
+
+/*! \brief The first operand of a product, 16 rows of 16: two neighbouring tiles of sums, rounded.
+ */
+template <typename T>
+__device__ __forceinline__ void PackRowOperand(uint32_t (&a)[4], const float (&left)[4],
+                                               const float (&right)[4]) {
+  a[0] = ptx::Pack2<T>(left[0], left[1]);
+  a[1] = ptx::Pack2<T>(left[2], left[3]);
+  a[2] = ptx::Pack2<T>(right[0], right[1]);
+  a[3] = ptx::Pack2<T>(right[2], right[3]);
+}
 
 }  // namespace cuda
 }  // namespace tvm_flashinfer

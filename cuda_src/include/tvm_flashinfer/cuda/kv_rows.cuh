@@ -46,8 +46,7 @@ __device__ __forceinline__ void CopyNarrowRows(const T* from, int64_t offset, in
 
 /*!
  * \brief Copy 32 rows of a tile, each of which one lane knows the offset of. Rows that are not
- * there
- * (-1) are zeros: 0 x NaN of a stale row would not be.
+ * there (-1) are zeros: 0 x NaN of a stale row would not be.
  */
 template <typename Tile, typename T>
 __device__ __forceinline__ void CopyRows(const T* from, int64_t offset, int first_row, int lane,

@@ -79,6 +79,13 @@ __device__ __forceinline__ void LowerRegisters() {
 // shared memory behind a descriptor may be touched. `WgmmaShared` takes a and b stored [m, k] and
 // [n, k]; `WgmmaRegisters` takes a as fragments and b stored [k, n].
 
+//! Operands of sums, some tiles of `c` from one on.
+#define TVM_FLASHINFER_TILE(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+#define TVM_FLASHINFER_TILES_4(i)                                                 \
+  TVM_FLASHINFER_TILE(i), TVM_FLASHINFER_TILE(i + 1), TVM_FLASHINFER_TILE(i + 2), \
+      TVM_FLASHINFER_TILE(i + 3)
+#define TVM_FLASHINFER_TILES_8(i) TVM_FLASHINFER_TILES_4(i), TVM_FLASHINFER_TILES_4(i + 4)
+
 template <typename T>
 __device__ __forceinline__ void WgmmaShared(float (&c)[4][4], uint64_t a, uint64_t b,
                                             int accumulate) {
@@ -88,9 +95,7 @@ __device__ __forceinline__ void WgmmaShared(float (&c)[4][4], uint64_t a, uint64
       "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                 \
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, " \
       "1, 0, 0;\n\t}"                                                                             \
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), \
-        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), \
-        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])                                \
+      : TVM_FLASHINFER_TILES_4(0)                                                                 \
       : "l"(a), "l"(b), "r"(accumulate))
   if constexpr (std::is_same_v<T, BFloat16>) {
     TVM_FLASHINFER_WGMMA("bf16");
@@ -103,19 +108,14 @@ __device__ __forceinline__ void WgmmaShared(float (&c)[4][4], uint64_t a, uint64
 template <typename T>
 __device__ __forceinline__ void WgmmaShared(float (&c)[8][4], uint64_t a, uint64_t b,
                                             int accumulate) {
-#define TVM_FLASHINFER_WGMMA(type)                                                                \
-  asm volatile(                                                                                   \
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %34, 0;\n\t"                                          \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                 \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "   \
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, "  \
-      "0;\n\t}"                                                                                   \
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), \
-        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), \
-        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), \
-        "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), \
-        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), \
-        "+f"(c[7][2]), "+f"(c[7][3])                                                              \
+#define TVM_FLASHINFER_WGMMA(type)                                                               \
+  asm volatile(                                                                                  \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %34, 0;\n\t"                                         \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "  \
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, " \
+      "0;\n\t}"                                                                                  \
+      : TVM_FLASHINFER_TILES_8(0)                                                                \
       : "l"(a), "l"(b), "r"(accumulate))
   if constexpr (std::is_same_v<T, BFloat16>) {
     TVM_FLASHINFER_WGMMA("bf16");
@@ -133,13 +133,7 @@ __device__ __forceinline__ void WgmmaRegisters(float (&c)[8][4], const uint32_t 
                " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
                "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "  \
                "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                        \
-               : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]),    \
-                 "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]),    \
-                 "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]),    \
-                 "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),    \
-                 "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), "+f"(c[6][0]),    \
-                 "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),    \
-                 "+f"(c[7][2]), "+f"(c[7][3])                                                  \
+               : TVM_FLASHINFER_TILES_8(0)                                                     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
   if constexpr (std::is_same_v<T, BFloat16>) {
     TVM_FLASHINFER_WGMMA("bf16");
@@ -160,18 +154,7 @@ __device__ __forceinline__ void WgmmaShared(float (&c)[16][4], uint64_t a, uint6
       "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, " \
       "%37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, " \
       "%55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, 0, 0;\n\t}"                \
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),  \
-        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),  \
-        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),  \
-        "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),  \
-        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),  \
-        "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]),  \
-        "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]),                \
-        "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]),            \
-        "+f"(c[11][2]), "+f"(c[11][3]), "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]),            \
-        "+f"(c[12][3]), "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]),            \
-        "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]),            \
-        "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])                                             \
+      : TVM_FLASHINFER_TILES_8(0), TVM_FLASHINFER_TILES_8(8)                                       \
       : "l"(a), "l"(b), "r"(accumulate))
   if constexpr (std::is_same_v<T, BFloat16>) {
     TVM_FLASHINFER_WGMMA("bf16");
@@ -191,18 +174,7 @@ __device__ __forceinline__ void WgmmaRegisters(float (&c)[16][4], const uint32_t
       "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, " \
       "%37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, " \
       "%55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"       \
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),  \
-        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),  \
-        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),  \
-        "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),  \
-        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),  \
-        "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]),  \
-        "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]),                \
-        "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]),            \
-        "+f"(c[11][2]), "+f"(c[11][3]), "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]),            \
-        "+f"(c[12][3]), "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]),            \
-        "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]),            \
-        "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])                                             \
+      : TVM_FLASHINFER_TILES_8(0), TVM_FLASHINFER_TILES_8(8)                                       \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
   if constexpr (std::is_same_v<T, BFloat16>) {
     TVM_FLASHINFER_WGMMA("bf16");
@@ -211,6 +183,10 @@ __device__ __forceinline__ void WgmmaRegisters(float (&c)[16][4], const uint32_t
   }
 #undef TVM_FLASHINFER_WGMMA
 }
+
+#undef TVM_FLASHINFER_TILES_8
+#undef TVM_FLASHINFER_TILES_4
+#undef TVM_FLASHINFER_TILE
 
 }  // namespace ptx
 }  // namespace cuda

@@ -52,13 +52,7 @@ class WarpgroupConsumerBase {
   /*! \brief Probabilities as fragments of the operand type. */
   __device__ __forceinline__ static void Round(const Logits& s, Weights& weights) {
 #pragma unroll
-    for (int k = 0; k < C::kStepKV / 16; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = s[2 * k + i / 2] + i % 2 * 2;
-        weights[k][i] = ptx::Pack2<T>(pair[0], pair[1]);
-      }
-    }
+    for (int k = 0; k < C::kStepKV / 16; ++k) PackRowOperand<T>(weights[k], s[2 * k], s[2 * k + 1]);
   }
 
   __device__ __forceinline__ void Release(uint32_t barrier) const {
