@@ -13,7 +13,7 @@ try:
 except ImportError:  # TVM 0.26
     from tvm import arith as sym
 
-__all__ = ["bit_operation", "sym"]
+__all__ = ["bit_operation", "choice", "sym"]
 
 #: From TVM 0.27 on each is a class, before they were calls of operators.
 _BIT_OPERATIONS = {
@@ -33,3 +33,15 @@ def bit_operation(e: Any) -> tuple[str, Any, Any] | None:
     if kind == "Call" and getattr(e.op, "name", "") in _BIT_OPERATIONS:
         return _BIT_OPERATIONS[e.op.name], *e.args
     return None
+
+
+def choice(e: Any) -> tuple[Any, Any, Any] | None:
+    """Condition, and values where it holds and where not, of a ``Select`` or ``if_then_else``."""
+    if type(e).__name__ == "Select":
+        return e.condition, e.true_value, e.false_value
+    if type(e).__name__ == "Call" and getattr(e.op, "name", "") in _IF_THEN_ELSE:
+        return tuple(e.args)
+    return None
+
+
+_IF_THEN_ELSE = ("prim.if_then_else", "tirx.if_then_else")  # TVM 0.27, 0.26

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._tvm import bit_operation
+from ._tvm import bit_operation, choice
+from .key_reach import key_reach
 from .variant import (
     ELEMENT,
     EXPRESSION_DTYPES,
@@ -136,8 +137,8 @@ class _Printer:
         if (bits := bit_operation(e)) is not None and dtype == "int32":
             kind, a, b = bits
             return f"{lanes}::{_BITWISE[kind]}({self.print(a)}, {self.print(b)})"
-        if kind == "Select":
-            return self._select(e.condition, e.true_value, e.false_value)
+        if (chosen := choice(e)) is not None:
+            return self._select(*chosen)
         if kind == "Cast":
             return self._cast(e.value, dtype)
         if kind == "Call":
@@ -183,8 +184,6 @@ class _Printer:
 
     def _call(self, e: Expr, dtype: str) -> str:
         name = e.op.name
-        if name == "tirx.if_then_else":
-            return self._select(*e.args)
         extern = _extern_name(e)
         if extern == ELEMENT:
             return self._element(e.args[1])
@@ -242,6 +241,10 @@ _STRUCT = """struct Variant : tvm_flashinfer::VariantDefaults {{
 }};
 """
 
+_KEY_REACH = """  static constexpr int32_t kKeyPartner = {partner};
+  static constexpr int32_t kKeyPaired = {paired};
+"""
+
 _ELEMENT_MEMBER = """  static constexpr bool kHas{name} = true;
   template <typename L>
   TVM_FLASHINFER_HOST_DEVICE static typename L::{type} {name}(
@@ -285,7 +288,11 @@ def _member(variant: Variant, what: str, expr: Expr) -> str:
     name = "".join(word.capitalize() for word in what.split("_"))
     body = _Printer(variant, what).print(expr)
     if what in VECTOR_TRANSFORMS:
-        return _VECTOR_MEMBER.format(name=name, body=body)
+        member = _VECTOR_MEMBER.format(name=name, body=body)
+        if what == "key":
+            partner, paired = key_reach(expr, variant.traced.positions["dim"])
+            member += _KEY_REACH.format(partner=partner, paired=paired)
+        return member
     return _ELEMENT_MEMBER.format(
         name=name,
         type="Mask" if what == "mask" else "Float",

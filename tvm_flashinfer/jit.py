@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._library import include_dir
+from .variant import MAX_HEAD_DIM
 
 if TYPE_CHECKING:
     from .variant import Variant
@@ -45,7 +46,6 @@ BUILTIN_VARIANTS = {
     "full": ("tvm_flashinfer::StandardVariant<false>", False),
     "causal": ("tvm_flashinfer::StandardVariant<true>", True),
 }
-MAX_HEAD_DIM = 576
 #: What a first compile usually takes on a laptop core, for the progress message.
 USUAL_SECONDS = 15
 

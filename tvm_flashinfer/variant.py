@@ -50,6 +50,8 @@ Expr = Any  # a tvm.tirx expression; TVM's compiler is loaded when one is made
 SCALAR_DTYPES = ("float32", "int32")
 EXPRESSION_DTYPES = ("float32", "int32", "uint32", "bool")
 TENSOR_DTYPES = ("float32", "float16", "bfloat16", "int32", "int8", "uint8", "bool")
+#: The largest head.
+MAX_HEAD_DIM = 576
 #: Functions of an element of a head vector, with the class of the position they are given.
 VECTOR_TRANSFORMS = ("query", "key", "value", "output", "store_key", "store_value")
 

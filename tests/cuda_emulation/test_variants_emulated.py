@@ -208,6 +208,33 @@ def test_rope_in_the_kernel(emulated: Emulated, tile: int, config: RopeConfig) -
     close(run(made(batch, variant), batch, params), want, "float16")
 
 
+@pytest.mark.parametrize(
+    ("dim", "made_variant"),
+    [
+        (128, lambda: variants.rope(128)),  # partners half a head away
+        (64, lambda: variants.rope(32)),  # the next fragment; the rest alone
+        (32, lambda: variants.rope(16)),  # in the same fragment
+        (32, lambda: variants.rope(32, interleaved=True)),  # neighbours
+    ],
+    ids=["half", "partial", "fragment", "neighbours"],
+)
+def test_keys_in_registers(emulated: Emulated, dim: int, made_variant: Any) -> None:
+    """Decode rotates keys as fragments, where an element's partner is in the same lane."""
+    variant = made_variant()
+    rotary = min(int(variant.name.split("rope")[1].split("_")[0]), dim)
+    config = RopeConfig(rotary_dim=rotary, interleaved=variant.name.endswith("gptj"))
+    batch = PagedBatch([(1, 300), (1, 1), (2, 40), (1, 0)], 16, (6, 2), (dim, dim), "bfloat16")
+    frequencies, magnitude = config.resolve(dim)
+    params = {"turn": variants.rope_turns(frequencies), "magnitude": magnitude}
+    want = expected(
+        batch,
+        lambda x, at, _: rotated(x, at, config),
+        lambda x, at, _: rotated(x, at, config),
+        unchanged,
+    )
+    close(run(made(batch, variant), batch, params), want, "bfloat16")
+
+
 NARROW = {
     "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
     "float8_e5m2": ml_dtypes.float8_e5m2,

@@ -46,7 +46,7 @@ def test_random_operations(failing_new: Path) -> None:
 
 @pytest.mark.heavy
 def test_ten_thousand_operations_over_fifty_sequences(failing_new: Path) -> None:
-    result = run(failing_new, 100, 110, 1)
+    result = run(failing_new, 150, 110, 1)
     assert result["operations"] >= 10_000, result
     for name in ("add_sequence", "begin_forward", "fork_sequence"):
         assert result["failures"][f"vm.builtin.kv_state_{name}"] >= 10, result

@@ -26,8 +26,9 @@ MHA, MLA, MHA_SLIDING = 0, 1, 3
 CREATE = "tvm_flashinfer.paged_attention_kv_cache_create"
 THETA = 10000.0
 
-#: Of attention and of keys, by the dtype of the pool; data are uniform in [0, 1).
-TOLERANCE = {"float32": 5e-6, "float16": 2e-3}
+#: Of attention and of keys, by the dtype of the pool; data are uniform in [0, 1). Rotations are
+#: TVM's, whose angles are float32: at position 200 an angle of 200 is known to 8e-6.
+TOLERANCE = {"float32": 2e-5, "float16": 2e-3}
 
 Batch = Sequence[tuple[int, int]]
 

@@ -118,6 +118,14 @@ struct VariantDefaults {
   static constexpr bool kHasStoreValue = false;
   static constexpr bool kSoftmax = true;
 
+  /*!
+   * What Key reads, so that a kernel can keep a key in registers. -1: any of its elements; 0:
+   * element d alone; P: also, of an element below kKeyPaired, the one P away in its block of 2 P
+   * elements.
+   */
+  static constexpr int32_t kKeyPartner = -1;
+  static constexpr int32_t kKeyPaired = 0;
+
   //! Kernels ask for the mask of mixed tiles, which none is without kHasMask.
   template <typename Lanes, typename Params>
   TVM_FLASHINFER_HOST_DEVICE static typename Lanes::Mask Mask(

@@ -16,6 +16,7 @@
 #include "../variant.h"
 #include "block_layout.cuh"
 #include "convert.cuh"
+#include "key_fragments.cuh"
 #include "mask.cuh"
 #include "merge.cuh"
 #include "narrow_operands.cuh"
@@ -65,17 +66,37 @@ class QFragments {
   uint32_t tile_;
 };
 
-/*! \brief s = Q K^T of one slice of a stage. */
+/*! \brief s = 0. */
 template <typename C>
-__device__ __forceinline__ void MultiplyQK(float (&s)[C::kSliceKV / 8][4], const QFragments<C>& q,
-                                           const BlockLayout<C>& at, uint32_t k_tile) {
+__device__ __forceinline__ void ZeroLogits(float (&s)[C::kSliceKV / 8][4]) {
 #pragma unroll
   for (int n = 0; n < C::kSliceKV / 8; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) s[n][e] = 0.0f;
   }
-  const int row = at.slice * C::kSliceKV + at.lane % 8 + at.lane / 16 * 8;
-  const int chunk = at.lane / 8 % 2;
+}
+
+/*! \brief A fragment of 16 keys' dims [16 k, 16 k + 16): tokens of a slice from `token` on. */
+template <typename C>
+__device__ __forceinline__ void LoadKeys(uint32_t (&b)[4], const BlockLayout<C>& at,
+                                         uint32_t k_tile, int token, int k) {
+  const int row = at.slice * C::kSliceKV + token + at.lane % 8 + at.lane / 16 * 8;
+  ptx::LdMatrixX4(b, k_tile + C::KTile::Offset(row, k * 2 + at.lane / 8 % 2));
+}
+
+/*! \brief The logits of 16 tokens += a product with such a fragment. */
+template <typename C>
+__device__ __forceinline__ void AddKeys(float (&s)[C::kSliceKV / 8][4], const uint32_t (&a)[4],
+                                        const uint32_t (&b)[4], int n) {
+  ptx::MmaM16N8K16<typename C::T>(s[2 * n], a, b[0], b[1]);
+  ptx::MmaM16N8K16<typename C::T>(s[2 * n + 1], a, b[2], b[3]);
+}
+
+/*! \brief s = Q K^T of one slice of a stage. */
+template <typename C>
+__device__ __forceinline__ void MultiplyQK(float (&s)[C::kSliceKV / 8][4], const QFragments<C>& q,
+                                           const BlockLayout<C>& at, uint32_t k_tile) {
+  ZeroLogits<C>(s);
 #pragma unroll
   for (int k = 0; k < C::kHeadDimQK / 16; ++k) {
     uint32_t a[4];
@@ -83,9 +104,45 @@ __device__ __forceinline__ void MultiplyQK(float (&s)[C::kSliceKV / 8][4], const
 #pragma unroll
     for (int n = 0; n < C::kSliceKV / 16; ++n) {
       uint32_t b[4];
-      ptx::LdMatrixX4(b, k_tile + C::KTile::Offset(n * 16 + row, k * 2 + chunk));
-      ptx::MmaM16N8K16<typename C::T>(s[2 * n], a, b[0], b[1]);
-      ptx::MmaM16N8K16<typename C::T>(s[2 * n + 1], a, b[2], b[3]);
+      LoadKeys<C>(b, at, k_tile, n * 16, k);
+      AddKeys<C>(s, a, b, n);
+    }
+  }
+}
+
+/*! \brief The same of keys that are transformed in registers. */
+template <typename C, typename Variant>
+__device__ __forceinline__ void MultiplyTransformedQK(float (&s)[C::kSliceKV / 8][4],
+                                                      const QFragments<C>& q,
+                                                      const BlockLayout<C>& at, uint32_t k_tile,
+                                                      const AttentionParams& p,
+                                                      const typename Variant::Params& variant,
+                                                      const ItemInfo& info, int step) {
+  using Transform = KeyTransform<C, Variant>;
+  ZeroLogits<C>(s);
+#pragma unroll
+  for (int n = 0; n < C::kSliceKV / 16; ++n) {
+    const Transform keys(p, variant, info, at, step * C::kStepKV + at.slice * C::kSliceKV + n * 16);
+#pragma unroll
+    for (int k = 0; k < C::kHeadDimQK / 16; ++k) {
+      uint32_t a[4], b[4];
+      q.Get(a, at, k);
+      if constexpr (Transform::kAway > 0) {
+        if (16 * k < Variant::kKeyPaired) {
+          if (k / Transform::kAway % 2 != 0) continue;  // came with its partner
+          uint32_t c[4];
+          LoadKeys<C>(b, at, k_tile, n * 16, k);
+          LoadKeys<C>(c, at, k_tile, n * 16, k + Transform::kAway);
+          keys.Apply(b, c, k);
+          AddKeys<C>(s, a, b, n);
+          q.Get(a, at, k + Transform::kAway);
+          AddKeys<C>(s, a, c, n);
+          continue;
+        }
+      }
+      LoadKeys<C>(b, at, k_tile, n * 16, k);
+      keys.Apply(b, k);
+      AddKeys<C>(s, a, b, n);
     }
   }
 }
@@ -149,6 +206,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& p,
         const uint32_t k_tile = operands.K(info, step, stages.slot);
         if constexpr (C::kDirect) {
           MultiplyNarrowQK<C>(s, q_fragments, at, k_tile);
+        } else if constexpr (C::kKeysInRegisters) {
+          MultiplyTransformedQK<C, Variant>(s, q_fragments, at, k_tile, p, variant, info, step);
         } else {
           MultiplyQK<C>(s, q_fragments, at, k_tile);
         }

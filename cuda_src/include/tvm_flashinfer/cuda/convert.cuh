@@ -2,7 +2,8 @@
 //
 // Rows of keys and values on their way from the ring to the matrix products: narrow numbers are
 // widened to the operand type, and the variant's transforms applied, once for all queries of the
-// tile. Where nothing is to be done, products read the ring itself.
+// tile. Where nothing is to be done, or it is done in registers (narrow_operands.cuh,
+// key_fragments.cuh), products read the ring itself.
 #ifndef TVM_FLASHINFER_CUDA_CONVERT_CUH_
 #define TVM_FLASHINFER_CUDA_CONVERT_CUH_
 
@@ -40,6 +41,13 @@ struct RawRow {
     }
   }
 };
+
+/*! \brief Place of a chunk's token in the pool: page * page_size + offset. */
+__device__ __forceinline__ int32_t PoolRow(const AttentionParams& p, const WorkItem& item,
+                                           int token) {
+  const int at = item.kv_begin + token;
+  return p.plan.Pages(item.level, item.row)[at / p.page_size] * p.page_size + at % p.page_size;
+}
 
 /*! \brief Threads that convert a range of a stage's rows together, for their own use. */
 template <typename C>
@@ -91,8 +99,8 @@ class OperandTiles {
 
   /*! \brief Keys of a step, which are in the slot. */
   __device__ __forceinline__ uint32_t K(const ItemInfo& info, int step, int slot) const {
-    if constexpr (!Form::kConvertK || C::kDirect) return pipeline_.K(slot);
-    if constexpr (!Form::kConvertV) converters_.Sync();
+    if constexpr (!C::kConvertK) return pipeline_.K(slot);
+    if constexpr (!C::kConvertV) converters_.Sync();
     Convert<C::kHeadDimQK, typename C::KRing, typename C::KTile, Variant::kHasKey>(
         info, step, pipeline_.K(slot), C::kOperandOffset, [&](const auto& x, const auto& at) {
           using Lanes = VectorLanes<RawRow<typename C::Pool>>;
@@ -106,11 +114,11 @@ class OperandTiles {
   /*! \brief Values of a step, likewise. */
   __device__ __forceinline__ uint32_t V(const ItemInfo& info, int step, int slot) const {
     if constexpr (Form::kSharedKV) {
-      return Form::kConvertK ? pipeline_.base + C::kOperandOffset : pipeline_.K(slot);
+      return C::kConvertK ? pipeline_.base + C::kOperandOffset : pipeline_.K(slot);
     }
-    if constexpr (!Form::kConvertV || C::kDirect) return pipeline_.V(slot);
+    if constexpr (!C::kConvertV) return pipeline_.V(slot);
     constexpr int kOffset = C::kOperandOffset + C::kOperandKBytes;
-    if constexpr (!Form::kConvertK) converters_.Sync();
+    if constexpr (!C::kConvertK) converters_.Sync();
     Convert<C::kHeadDimVO, typename C::VRing, typename C::VTile, Variant::kHasValue>(
         info, step, pipeline_.V(slot), kOffset, [&](const auto& x, const auto& at) {
           using Lanes = VectorLanes<RawRow<typename C::Pool>>;
@@ -142,7 +150,7 @@ class OperandTiles {
       if constexpr (kTransform) {
         if (token < info.item.kv_count) {  // parameters cover no positions past the end
           VectorIndex<Lanes> at{
-              0, info.kv_position + token, 0, info.item.head, Place(info.item, token), 0};
+              0, info.kv_position + token, 0, info.item.head, PoolRow(p_, info.item, token), 0};
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             at.dim = quad * 4 + e;
@@ -155,13 +163,6 @@ class OperandTiles {
       *reinterpret_cast<Packed*>(to + Tile::Offset(row, quad / 2) + quad % 2 * 8) =
           Packed{{ptx::Pack2<T>(x[0], x[1]), ptx::Pack2<T>(x[2], x[3])}};
     }
-  }
-
-  /*! \brief Place of a chunk's token in the pool: page * page_size + offset. */
-  __device__ __forceinline__ int32_t Place(const WorkItem& item, int token) const {
-    const int at = item.kv_begin + token;
-    return p_.plan.Pages(item.level, item.row)[at / p_.page_size] * p_.page_size +
-           at % p_.page_size;
   }
 
   const AttentionParams& p_;

@@ -20,9 +20,11 @@ namespace cuda {
  * \tparam kSharedKV_ A value is the start of its key (latent attention): rows are loaded once.
  * \tparam kSoftmax_, kRowOutputs_ Of the variant; the second: it transforms outputs.
  * \tparam kWidened_ Converting is no more than widening an 8-bit float.
+ * \tparam kKeyPartner_, kKeyPaired_ VariantDefaults' of keys that are transformed and no more.
  */
 template <typename Pool_, bool kConvertK_ = false, bool kConvertV_ = false, bool kSharedKV_ = false,
-          bool kSoftmax_ = true, bool kRowOutputs_ = false, bool kWidened_ = false>
+          bool kSoftmax_ = true, bool kRowOutputs_ = false, bool kWidened_ = false,
+          int kKeyPartner_ = -1, int kKeyPaired_ = 0>
 struct OperandForm {
   using Pool = Pool_;
   static constexpr bool kConvertK = kConvertK_;
@@ -31,6 +33,8 @@ struct OperandForm {
   static constexpr bool kSoftmax = kSoftmax_;
   static constexpr bool kRowOutputs = kRowOutputs_;
   static constexpr bool kWidened = kWidened_;
+  static constexpr int kKeyPartner = kKeyPartner_;
+  static constexpr int kKeyPaired = kKeyPaired_;
   //! Rows go from the pool to the products untouched, and weights are a softmax.
   static constexpr bool kPlain = !kConvertK && !kConvertV && kSoftmax;
 };
@@ -43,7 +47,9 @@ template <typename T, typename TKV, typename Variant, bool kSharedKV>
 using FormOf =
     OperandForm<TKV, !std::is_same_v<T, TKV> || Variant::kHasKey,
                 !std::is_same_v<T, TKV> || Variant::kHasValue, kSharedKV, Variant::kSoftmax,
-                Variant::kHasOutput, kIsFloat8<TKV> && !Variant::kHasKey && !Variant::kHasValue>;
+                Variant::kHasOutput, kIsFloat8<TKV> && !Variant::kHasKey && !Variant::kHasValue,
+                std::is_same_v<T, TKV> && Variant::kHasKey ? Variant::kKeyPartner : -1,
+                Variant::kKeyPaired>;
 
 /*! \brief A tile of rows as they lie in the pool, on their way to be converted. */
 template <typename Pool, int kCols, int kRows>

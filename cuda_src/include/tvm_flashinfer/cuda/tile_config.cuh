@@ -66,6 +66,16 @@ struct TileConfig {
   static constexpr bool kDirect = Form::kWidened && !kWide && kWarpsQ == 1 && kQInRegisters &&
                                   kHeadDimQK % 32 == 0 && kHeadDimVO % 32 == 0;
 
+  //! Keys are transformed as fragments (key_fragments.cuh): each warp has tokens of its own, and
+  //! what an element is combined with is in the same lane.
+  static constexpr bool kKeysInRegisters =
+      Form::kKeyPartner >= 0 && Form::kKeyPaired <= kHeadDimQK &&
+      (Form::kKeyPartner <= 1 || Form::kKeyPartner == 8 || Form::kKeyPartner % 16 == 0) && !kWide &&
+      kWarpsQ == 1 && kQInRegisters;
+  //! Rows are converted in shared memory (convert.cuh).
+  static constexpr bool kConvertK = Form::kConvertK && !kDirect && !kKeysInRegisters;
+  static constexpr bool kConvertV = Form::kConvertV && !kDirect;
+
   static constexpr int kLoaders = kRows == 128 ? 2 : 1;  //!< warps that load K, and as many V
   static constexpr int kProducerWarps = 2 * kLoaders;
   static constexpr int kThreads = kConsumerThreads + kProducerWarps * kWarpSize;
@@ -79,13 +89,12 @@ struct TileConfig {
   using Ring = std::conditional_t<
       kDirect, SwizzledTile<kDim / 2, kStepKV>,
       std::conditional_t<kConvert, RawTile<Pool, kDim, kStepKV>, SwizzledTile<kDim, kStepKV>>>;
-  using KRing = Ring<kHeadDimQK, Form::kConvertK>;
-  using VRing = Ring<kHeadDimVO, Form::kConvertV>;
+  using KRing = Ring<kHeadDimQK, kConvertK>;
+  using VRing = Ring<kHeadDimVO, kConvertV>;
   static constexpr int kKBytes = KRing::kBytes;
   static constexpr int kStageBytes = kKBytes + (Form::kSharedKV ? 0 : VRing::kBytes);
-  static constexpr int kOperandKBytes = Form::kConvertK && !kDirect ? KTile::kBytes : 0;
-  static constexpr int kOperandBytes =
-      kOperandKBytes + (Form::kConvertV && !kDirect ? VTile::kBytes : 0);
+  static constexpr int kOperandKBytes = kConvertK ? KTile::kBytes : 0;
+  static constexpr int kOperandBytes = kOperandKBytes + (kConvertV ? VTile::kBytes : 0);
   static constexpr int kQBytes = QTile::kBytes;
 
   static constexpr int kItemSlots = kWide && kRows > 16 ? 1 : 2;
