@@ -27,6 +27,7 @@ import tvm_ffi
 
 from . import tvm_creation, variants  # noqa: F401 - the former registers a function
 from ._kv_kernels import attended, function, kernel_maker
+from ._shapes import integers
 from .jit import AttentionSpec, Progress
 from .rope import RopeConfig
 from .variant import Variant, params_of
@@ -288,9 +289,9 @@ class KVCache:
             If a sequence is unknown or named twice, a parent is no earlier node, or the step
             exceeds the cache's bounds or its free pages. The cache is then as it was.
         """
-        args = [tvm_ffi.Shape(seq_ids), tvm_ffi.Shape(lengths)]
+        args = [integers(seq_ids), integers(lengths)]
         if tree_parents is not None:
-            args.append(tvm_ffi.Shape(tree_parents))
+            args.append(integers(tree_parents))
         self._call("kv_state_begin_forward", *args)
 
     def end_forward(self) -> None:
@@ -320,8 +321,8 @@ class KVCache:
         """
         self._call(
             "attention_kv_cache_commit_accepted_token_tree_nodes",
-            tvm_ffi.Shape(seq_ids),
-            tvm_ffi.Shape(leaves),
+            integers(seq_ids),
+            integers(leaves),
         )
 
     def attention(

@@ -67,7 +67,7 @@ KVCacheObj::KVCacheObj(const KVCacheConfig& config, KernelHandle kernel, DLDataT
   const int64_t max_pages =
       std::min<int64_t>(int64_t{config.max_batch} * config.num_pages(), INT32_MAX / 2);
   page_ids_.reserve(max_pages);
-  layout_.Reserve(config.max_batch, config.max_q_tokens(), max_pages);
+  layout_.Reserve(config.max_batch, config.max_q_tokens());
 }
 
 void KVCacheObj::UseSplitRotary(SplitRotary rotary) {
@@ -208,16 +208,16 @@ void KVCacheObj::ReadRequests(const Shape& seq_ids, const Shape& append_lengths)
   const int32_t max_tokens = config_.max_q_tokens();
   int64_t tokens = 0;
   requests_.clear();
+  ++step_;
   for (size_t i = 0; i < seq_ids.size(); ++i) {
     Sequence* sequence = pages_.Find(seq_ids[i]);
     CheckImported(seq_ids[i], "begin_forward");
     TVM_FLASHINFER_CHECK(append_lengths[i] >= 0 && append_lengths[i] <= max_tokens, ValueError)
         << "append_lengths[" << i << "] = " << append_lengths[i] << " is outside [0, " << max_tokens
         << "]";
-    for (const AppendRequest& earlier : requests_) {
-      TVM_FLASHINFER_CHECK(earlier.sequence != sequence, ValueError)
-          << "seq_ids names sequence " << seq_ids[i] << " twice";
-    }
+    TVM_FLASHINFER_CHECK(sequence->step != step_, ValueError)
+        << "seq_ids names sequence " << seq_ids[i] << " twice";
+    sequence->step = step_;
     requests_.push_back({sequence, static_cast<int32_t>(append_lengths[i])});
     tokens += append_lengths[i];
   }

@@ -385,6 +385,7 @@ class KVCacheObj : public AttentionKVCacheInterface {
 
   // The step between begin_forward and end_forward.
   bool in_forward_ = false;
+  int64_t step_ = 0;  //!< counts begin_forward
   std::vector<AppendRequest> requests_;
   std::vector<TokenTree> trees_;  //!< of the requests, if the step has token trees
   std::vector<int32_t> page_indptr_, page_ids_;

@@ -57,6 +57,7 @@ struct Sequence {
   int32_t dropped = 0;                    //!< tokens that were at hole_begin and are gone
   int32_t window = 0;                     //!< most tokens kept between steps; 0: all
   int32_t sink = 0;                       //!< first tokens, which the window never drops
+  int64_t step = 0;                       //!< that named it last, counted by the cache
   TokenTree tree;                         //!< of the last tokens, until one path is committed
 
   int32_t Slot(int32_t token) const {

@@ -5,7 +5,7 @@
 
 namespace tvm_flashinfer {
 
-void StepLayout::Reserve(int32_t max_requests, int32_t max_tokens, int64_t max_pages) {
+void StepLayout::Reserve(int32_t max_requests, int32_t max_tokens) {
   qo_indptr_.reserve(max_requests + 1);
   kv_len_.reserve(max_requests);
   positions_.reserve(max_tokens);
@@ -14,7 +14,6 @@ void StepLayout::Reserve(int32_t max_requests, int32_t max_tokens, int64_t max_p
   Level& level = levels_[0];  // steps of whole sequences; the others may allocate
   level.qo_indptr.reserve(max_requests + 1);
   level.kv_indptr.reserve(max_requests + 1);
-  level.kv_indices.reserve(max_pages);
   level.last_block_len.reserve(max_requests);
   level.kv_position.reserve(max_requests);
 }
@@ -23,13 +22,15 @@ void StepLayout::Level::Clear() {
   qo_indptr.assign(1, 0);
   kv_indptr.assign(1, 0);
   kv_indices.clear();
+  pages = nullptr;
+  num_pages = 0;
   last_block_len.clear();
   kv_position.clear();
 }
 
 void StepLayout::Level::EndRow(int32_t num_queries, int32_t last_len, int32_t position) {
   qo_indptr.push_back(qo_indptr.back() + num_queries);
-  kv_indptr.push_back(static_cast<int32_t>(kv_indices.size()));
+  kv_indptr.push_back(pages != nullptr ? num_pages : static_cast<int32_t>(kv_indices.size()));
   last_block_len.push_back(last_len);
   kv_position.push_back(position);
 }
@@ -56,6 +57,7 @@ void StepLayout::Build(const std::vector<AppendRequest>& requests,
     splits_ = splits_ || (rotated && sequence.dropped > 0 && sequence.hole_begin > 0);
     by_token_ = by_token_ || r.tree != nullptr || sequence.hole_size != 0 || splits_;
   }
+  if (!by_token_) levels_[0].pages = pages.data();
   for (size_t i = 0; i < requests.size(); ++i) {
     const AppendRequest& r = requests[i];
     const Sequence& sequence = *r.sequence;
@@ -208,7 +210,11 @@ void StepLayout::AddSequence(const AppendRequest& r, int32_t length, const int32
     AddTokens(*r.sequence, pages, begin, length, &level->kv_indices);
     level->EndRow(r.count, length == begin ? 0 : 1, begin);
   } else {
-    level->kv_indices.insert(level->kv_indices.end(), pages, pages + num_pages);
+    if (level->pages != nullptr) {
+      level->num_pages += num_pages;
+    } else {
+      level->kv_indices.insert(level->kv_indices.end(), pages, pages + num_pages);
+    }
     level->EndRow(r.count, length == 0 ? 0 : (length - 1) % page_size_ + 1, 0);
   }
 }
@@ -249,7 +255,7 @@ void StepLayout::Describe(ScheduleInput* in) {
     views_[l].num_rows = level.num_rows();
     views_[l].qo_indptr = level.qo_indptr.data();
     views_[l].kv_indptr = level.kv_indptr.data();
-    views_[l].kv_indices = level.kv_indices.data();
+    views_[l].kv_indices = level.blocks();
     views_[l].last_block_len = level.last_block_len.data();
     views_[l].kv_position = level.kv_position.data();
   }
@@ -263,7 +269,7 @@ void StepLayout::Describe(ScheduleInput* in) {
 }
 
 int64_t StepLayout::num_blocks() const {
-  return static_cast<int64_t>(levels_[0].kv_indices.size() + levels_[1].kv_indices.size());
+  return int64_t{levels_[0].num_blocks()} + levels_[1].num_blocks();
 }
 
 int32_t StepLayout::num_rows() const {

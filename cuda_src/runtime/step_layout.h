@@ -36,12 +36,13 @@ class StepLayout {
   StepLayout(int32_t page_size, int64_t page_stride)
       : page_size_(page_size), page_stride_(page_stride) {}
 
-  void Reserve(int32_t max_requests, int32_t max_tokens, int64_t max_pages);
+  void Reserve(int32_t max_requests, int32_t max_tokens);
 
   /*!
    * \brief Lay out a step.
    * \param requests Sequences as they are before the step.
-   * \param page_indptr, pages Their pages after the append, from PageTable::Preview.
+   * \param page_indptr, pages Their pages after the append, from PageTable::Preview. A step of
+   * whole sequences reads them where they are: they stay as long as the layout does.
    * \param rotated Whether the keys in the pool are rotated.
    */
   void Build(const std::vector<AppendRequest>& requests, const std::vector<int32_t>& page_indptr,
@@ -88,7 +89,12 @@ class StepLayout {
  private:
   struct Level {
     std::vector<int32_t> qo_indptr, kv_indptr, kv_indices, last_block_len, kv_position;
+    //! In place of kv_indices: the caller's list of whole sequences, and how much of it so far.
+    const int32_t* pages = nullptr;
+    int32_t num_pages = 0;
 
+    const int32_t* blocks() const { return pages != nullptr ? pages : kv_indices.data(); }
+    int32_t num_blocks() const { return kv_indptr.back(); }
     void Clear();
     void EndRow(int32_t num_queries, int32_t last_len, int32_t position);
     int32_t num_rows() const { return static_cast<int32_t>(last_block_len.size()); }

@@ -219,13 +219,24 @@ class Bench:
         plan = self.plans.plan(batch, HEADS, KV_HEADS, options, repeats=100)
         buffer = torch.from_numpy(plan.buffer).pin_memory()
         target = torch.empty_like(buffer, device="cuda")
+        # As the cache calls it: torch's copy takes several times as long.
+        copy = ctypes.CDLL(f"libcudart.so.{str(torch.version.cuda).split('.')[0]}").cudaMemcpyAsync
+        operands = (
+            ctypes.c_void_p(target.data_ptr()),
+            ctypes.c_void_p(buffer.data_ptr()),
+            ctypes.c_size_t(buffer.nbytes),
+            ctypes.c_int(1),
+            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+        )
         copies = []
         for _ in range(100):
             torch.cuda.synchronize()
             begin = time.perf_counter()
-            target.copy_(buffer, non_blocking=True)
+            status = copy(*operands)
             copies.append((time.perf_counter() - begin) * 1e6)
-        result = {"ours": plan.host_time + median(copies)}
+            if status != 0:
+                raise RuntimeError(f"cudaMemcpyAsync returned {status}")
+        result = {"ours": plan.host_time + median(copies), "of that the copy": median(copies)}
         if self.flashinfer is not None:
             case = DeviceCase(batch, pages, HEADS, KV_HEADS, DIM)
             for name in DECODE:

@@ -18,6 +18,7 @@ import tvm_ffi
 from tvm.runtime.vm import VirtualMachine
 
 from .._library import load as load_library
+from .._shapes import integers
 from ..errors import UserError
 from ..manifest import LIBRARY, WEIGHTS, Manifest
 
@@ -178,9 +179,7 @@ class CompiledModel:
 
     def begin_forward(self, seq_ids: Sequence[int], lengths: Sequence[int]) -> None:
         """Announces to the cache what the next forward pass appends."""
-        self._call["kv_state_begin_forward"](
-            self.cache, tvm_ffi.Shape(list(seq_ids)), tvm_ffi.Shape(list(lengths))
-        )
+        self._call["kv_state_begin_forward"](self.cache, integers(seq_ids), integers(lengths))
 
     def end_forward(self) -> None:
         """Tells the cache that the pass is over."""

@@ -72,6 +72,9 @@ class FormatChooser {
     stack_.resize(max_rows);
     path_.resize(max_rows);
     leaf_start_.resize(max_rows);
+    size_t slots = 4;
+    while (slots < 2 * static_cast<size_t>(max_rows)) slots *= 2;
+    seen_.resize(slots);
     own_.Reserve(max_rows);
     prefixes_.resize(max_levels_);
     for (Level& level : prefixes_) level.Reserve(max_rows);
@@ -116,6 +119,7 @@ class FormatChooser {
     }
     in_ = in;
     tile_tokens_ = tile_tokens;
+    if (FirstBlocksDiffer()) return 0;
     KeepOrder();
     const int64_t neighbours = MeasureCommonBlocks();
     found_common_ = neighbours > 0;
@@ -217,6 +221,23 @@ class FormatChooser {
   int32_t LastBlockLen(int32_t row) const { return rows().last_block_len[order_[row]]; }
   int32_t Position(int32_t row) const {
     return rows().kv_position == nullptr ? 0 : rows().kv_position[order_[row]];
+  }
+
+  /*! Whether no two rows begin alike, by one look at each: so it is in most batches. */
+  bool FirstBlocksDiffer() {
+    std::fill(seen_.begin(), seen_.end(), -1);
+    const uint32_t mask = static_cast<uint32_t>(seen_.size()) - 1;
+    for (int32_t row = 0; row < num_rows(); ++row) {
+      const int32_t at = rows().kv_indptr[row];
+      if (at == rows().kv_indptr[row + 1]) continue;
+      const int32_t block = rows().kv_indices[at];
+      uint32_t slot = static_cast<uint32_t>(block) * 2654435769u >> 7 & mask;
+      for (; seen_[slot] != -1; slot = (slot + 1) & mask) {
+        if (seen_[slot] == block) return false;
+      }
+      seen_[slot] = block;
+    }
+    return true;
   }
 
   void KeepOrder() {
@@ -487,6 +508,7 @@ class FormatChooser {
   bool may_reorder_ = false;
   std::vector<int32_t> order_, q_begin_, kv_len_, q_position_, token_order_;
   std::vector<int32_t> common_, path_, leaf_start_;
+  std::vector<int32_t> seen_;  //!< first blocks of rows, hashed
   std::vector<Node> nodes_, stack_;
   int32_t num_nodes_ = 0;
   std::vector<Level> prefixes_;

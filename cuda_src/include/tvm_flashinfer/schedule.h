@@ -71,6 +71,15 @@ class Scheduler {
   };
   static constexpr int32_t kSharedTail = -1;
   static constexpr int32_t kTailChunksPerWorker = 32;
+  struct Key {
+    int64_t cost;
+    int32_t section;
+    int32_t chunk;
+    bool operator<(const Key& o) const {
+      if (section != o.section) return section < o.section;
+      return cost != o.cost ? cost > o.cost : chunk < o.chunk;
+    }
+  };
   struct Load {
     int64_t cost;
     int32_t worker;
@@ -360,7 +369,7 @@ class Scheduler {
     imbalance_ = total == 0 || has_tail_ ? 1.0
                                          : static_cast<double>(worst_) * bounds_.num_workers /
                                                static_cast<double>(total * heads);
-    SortChunks(false);
+    has_tail_ ? SortChunks(false) : SortWithinQueues();
     for (int64_t i = 0; i < num_chunks_; ++i) {
       const int32_t owner = chunks_[keys_[i].chunk].worker;
       for (int32_t h = 0; h < heads; ++h) {
@@ -419,10 +428,21 @@ class Scheduler {
       keys_[i] = {chunks_[i].cost * tiles_[chunks_[i].tile].heads, section,
                   static_cast<int32_t>(i)};
     }
-    std::sort(keys_.begin(), keys_.begin() + num_chunks_, [](const Key& a, const Key& b) {
-      if (a.section != b.section) return a.section < b.section;
-      return a.cost != b.cost ? a.cost > b.cost : a.chunk < b.chunk;
-    });
+    std::sort(keys_.begin(), keys_.begin() + num_chunks_);
+  }
+
+  /*!
+   * As SortChunks, but only among the chunks of a worker, which are few and follow each other: the
+   * plan is the same, queue by queue.
+   */
+  void SortWithinQueues() {
+    for (int64_t begin = 0, i = 0; i < num_chunks_; ++i) {
+      const Chunk& chunk = chunks_[i];
+      keys_[i] = {chunk.cost * tiles_[chunk.tile].heads, 0, static_cast<int32_t>(i)};
+      if (i + 1 < num_chunks_ && chunks_[i + 1].worker == chunk.worker) continue;
+      std::sort(keys_.begin() + begin, keys_.begin() + i + 1);
+      begin = i + 1;
+    }
   }
 
   /*!
@@ -570,12 +590,6 @@ class Scheduler {
       }
     }
   }
-
-  struct Key {
-    int64_t cost;
-    int32_t section;
-    int32_t chunk;
-  };
 
   PlanBounds bounds_;
   PlanLayout layout_;
