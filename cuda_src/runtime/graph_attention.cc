@@ -10,6 +10,8 @@
 #include <cmath>
 #include <list>
 #include <memory>
+#include <mutex>
+#include <unordered_map>
 
 #include "check.h"
 #include "graph_plan.h"
@@ -32,6 +34,17 @@ struct Strides {
   int64_t offset, batch, head, token;
 };
 
+/*!
+ * The first factory that gave a kernel table, which stays as long as the process. Plans of the main
+ * thread outlive an embedded interpreter, and a factory may be a callback of it.
+ */
+const Function& Keep(const void* table, const Function& factory) {
+  static std::mutex mutex;
+  static auto* kept = new std::unordered_map<const void*, Function>;  // never destroyed
+  const std::lock_guard<std::mutex> lock(mutex);
+  return kept->emplace(table, factory).first->second;
+}
+
 /*! The calling thread's plan for a kernel and extents, most recently used first. */
 GraphPlan& FindPlan(const Function& factory, const GraphExtents& extents, DLDevice device) {
   static thread_local std::list<std::unique_ptr<GraphPlan>> plans;
@@ -41,7 +54,7 @@ GraphPlan& FindPlan(const Function& factory, const GraphExtents& extents, DLDevi
     plans.splice(plans.begin(), plans, it);
     return *plans.front();
   }
-  auto made = GraphPlan::Make(factory, extents, device);
+  auto made = GraphPlan::Make(Keep(table, factory), extents, device);
   size_t others = 0;
   for (auto it = plans.begin(); it != plans.end();) {
     const bool stays = (*it)->captured() || ++others < kMaxPlans;
