@@ -33,7 +33,7 @@ with tarfile.open(packages / "tvm.tar.xz") as archive:
 for wheel in packages.glob("*.whl"):
     zipfile.ZipFile(wheel).extractall(site)
 PY
-export PYTHONPATH="tests/gpu:$site" TVM_FLASHINFER_LIBRARY="$folder/packages/libtvm_flashinfer.so"
+export PYTHONPATH="tests/gpu:$site${PYTHONPATH:+:$PYTHONPATH}" TVM_FLASHINFER_LIBRARY="$folder/packages/libtvm_flashinfer.so"
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
 
 pytest=("$python" -m pytest -q -p no:cacheprovider --confcutdir tests/gpu)
@@ -60,7 +60,7 @@ part sanitizer 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
 part racecheck 90 compute-sanitizer --tool racecheck --error-exitcode 9 \
   "${pytest[@]}" tests/gpu -k "window or forks"
 part model 150 "$python" tests/gpu/bench_model.py --json "$log/model.json" ${MODEL_OPTIONS:-}
-part attention 200 "$python" tests/gpu/bench_attention.py
+part attention 340 "$python" tests/gpu/bench_attention.py
 part measures 60 "$python" tests/gpu/bench_variants.py
 part host 60 "$python" tests/gpu/bench_host.py
 for name in model attention measures host; do

@@ -42,7 +42,8 @@ def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("no kernels: scripts/gpu_bundle.sh")
     make: Callable[[Any], Any] = lambda spec: load(BUNDLED.get(spec.label, spec.label))  # noqa: E731
     monkeypatch.setattr(kv_cache, "kernel_maker", lambda *_: (make, tvm.cuda(0)))
-    monkeypatch.setattr(Variant, "ignores_positions", False)  # proving it takes TVM's compiler
+    for proven in ("ignores_positions", "merges"):  # by TVM's compiler, which is not here
+        monkeypatch.setattr(Variant, proven, False)
     where = {"device": tvm.cuda(0)}
     empty, tensor = tvm.runtime.empty, tvm.runtime.tensor
     for name in ("create", "create_mla"):
