@@ -33,16 +33,21 @@ FUNCTIONS = (
     "tvm_flashinfer.kv_cache_with_layers_rope",
     "tvm_flashinfer.kv_cache_with_rotating_kernel",
     "tvm_flashinfer.kv_cache_with_sliding_layers",
+    "tvm_flashinfer.kv_cache_with_variant",
     "tvm_flashinfer.kv_cache_append_mla_kv",
     "tvm_flashinfer.kv_cache_attention",
     "tvm_flashinfer.kv_cache_attention_bhsd",
     "tvm_flashinfer.kv_cache_attention_views",
     "tvm_flashinfer.kv_cache_attention_with_fused_qkv",
+    "tvm_flashinfer.kv_cache_attention_with_mask",
     "tvm_flashinfer.kv_cache_attention_with_shared_kv",
     "tvm_flashinfer.kv_cache_cross_attention",
     "tvm_flashinfer.kv_cache_merge_attn_output_inplace",
     "tvm_flashinfer.kv_cache_query_positions",
     "tvm_flashinfer.kv_cache_self_attention",
+    "tvm_flashinfer.graph_attention",
+    "tvm_flashinfer.graph_copy",
+    "tvm_flashinfer.graph_key",
     "tvm_flashinfer.linear",
     "tvm_flashinfer.linear_kn",
     "tvm_flashinfer.linear_cuda",
@@ -58,11 +63,16 @@ _SOURCE = r"""#include <dlfcn.h>
 namespace {
 
 const char* const kFunctions[] = {@functions@};
-std::string reasons;
+
+// A function's own: LoadOnce may run before the initialisers of this file.
+std::string& Reasons() {
+  static std::string reasons;
+  return reasons;
+}
 
 bool Load(const std::string& path) {
   if (dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr) return true;
-  reasons += std::string("; ") + dlerror();
+  Reasons() += std::string("; ") + dlerror();
   return false;
 }
 
@@ -87,7 +97,7 @@ __attribute__((constructor)) void LoadOnce() {
           TVM_FFI_THROW(RuntimeError)
               << "this model was compiled with tvm-flashinfer and calls " << function
               << ", but @library@ is not loaded: run `import tvm_flashinfer` first, put the file "
-              << "beside the model's library, or name it in TVM_FLASHINFER_LIBRARY" << reasons;
+              << "beside the model's library, or name it in TVM_FLASHINFER_LIBRARY" << Reasons();
         }),
         true);
   }

@@ -35,6 +35,11 @@ def _library(artifact: KernelArtifact) -> tvm.runtime.Module:
     return tvm.runtime.load_static_library(artifact.object_path, [artifact.symbol])
 
 
+def autoload_module() -> tvm.runtime.Module:
+    """The object that loads ``libtvm_flashinfer.so`` with a model (autoload.py), to link once."""
+    return _library(build_autoload())
+
+
 class PagedKVCache(kv_cache.PagedKVCache):
     """A paged KV cache of this package, made by a model's own function at run time.
 
@@ -96,7 +101,7 @@ class PagedKVCache(kv_cache.PagedKVCache):
         device = target.kind.name
         if device not in ("llvm", "cuda"):
             raise ValueError(f"target is {device}: this cache runs on llvm and cuda")
-        self.extern_mods = [_library(build_autoload())]
+        self.extern_mods = [autoload_module()]
 
         scaling = dict(rope_scaling or {})
         # Of YaRN in TVM the two elements of a pair turn differently: what it rotates can't be given

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from engine import Array, Engine
-from models import VOCABULARY, compile_model
+from engine import VOCABULARY, Array, Engine
+from models import compile_model
 
 TOLERANCE = 1e-4
 

@@ -1,4 +1,7 @@
-"""Drives a compiled model as MLC's engine does: its functions, and the cache by vm.builtin."""
+"""Drives a compiled model as MLC's engine does: its functions, and the cache by vm.builtin.
+
+Needs TVM's runtime alone: no compiler, and nothing of mlc_llm.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,30 @@ from typing import Any
 import numpy as np
 import tvm
 import tvm_ffi
-from tvm import relax
+from tvm.runtime.vm import VirtualMachine
 
 Array = np.ndarray[Any, Any]
+#: Of the tiny models.
+VOCABULARY = 128
 
 
 def shape(*values: int) -> Any:
     return tvm_ffi.Shape(values)
+
+
+def random_weight(param: dict[str, Any]) -> Array:
+    """A weight of the model's metadata; by its name the same in every library."""
+    rng = np.random.default_rng(zlib.crc32(param["name"].encode()))
+    extents = [VOCABULARY if extent in (-1, "vocab_size") else extent for extent in param["shape"]]
+    if param["dtype"].startswith("uint"):
+        data = rng.integers(0, 2**32, extents, dtype=np.uint32)
+    elif param["name"].endswith("q_scale"):
+        data = rng.uniform(0.01, 0.04, extents)
+    elif len(extents) == 1:
+        data = 1 + 0.1 * rng.standard_normal(extents)
+    else:
+        data = rng.standard_normal(extents) * extents[-1] ** -0.5
+    return data.astype(param["dtype"])
 
 
 def _absorb(weights: dict[str, Array]) -> None:
@@ -32,18 +52,19 @@ def _absorb(weights: dict[str, Array]) -> None:
 
 
 class Engine:
-    """One model and its cache.
+    """One model and its cache, on `device`: the CPU, if it's None.
 
     Weights are random, and the same for two libraries of one model.
     """
 
-    def __init__(self, library: Path, **bounds: int) -> None:
+    def __init__(self, library: Path, device: Any = None, **bounds: int) -> None:
         module = tvm.runtime.load_module(str(library))
-        self.vm = relax.VirtualMachine(module, tvm.cpu())
+        self.device = tvm.cpu() if device is None else device
+        self.vm = VirtualMachine(module, self.device)
         self.metadata = json.loads(self.vm["_metadata"]())
-        weights = {p["name"]: self._weight(p) for p in self.metadata["params"]}
+        weights = {param["name"]: random_weight(param) for param in self.metadata["params"]}
         _absorb(weights)
-        self.params = [tvm.runtime.tensor(weight) for weight in weights.values()]
+        self.params = [self.put(weight) for weight in weights.values()]
         self.window = bounds.pop("window", self.metadata["sliding_window_size"]) or -1
         sizes = {"batch": 8, "total": 1024, "chunk": 64, "page": 16} | bounds
         # The engine's choice of the name, cpp/serve/function_table.cc.
@@ -53,23 +74,8 @@ class Engine:
         create = next(self.vm[name] for name in names if self.vm.module.implements_function(name))
         self.cache = create(*(shape(size) for size in (*sizes.values(), int(self.window != -1))))
 
-    @staticmethod
-    def _weight(param: dict[str, Any]) -> Array:
-        from models import VOCABULARY
-
-        rng = np.random.default_rng(zlib.crc32(param["name"].encode()))
-        extents = [
-            VOCABULARY if extent in (-1, "vocab_size") else extent for extent in param["shape"]
-        ]
-        if param["dtype"].startswith("uint"):
-            data = rng.integers(0, 2**32, extents, dtype=np.uint32)
-        elif param["name"].endswith("q_scale"):
-            data = rng.uniform(0.01, 0.04, extents)
-        elif len(extents) == 1:
-            data = 1 + 0.1 * rng.standard_normal(extents)
-        else:
-            data = rng.standard_normal(extents) * extents[-1] ** -0.5
-        return data.astype(param["dtype"])
+    def put(self, data: Any) -> Any:
+        return tvm.runtime.tensor(data, self.device)
 
     # -- the cache, by the names that the engine looks up
 
@@ -106,8 +112,7 @@ class Engine:
     # -- the model's functions, as cpp/serve/model.cc calls them; all return logits
 
     def _embed(self, tokens: Sequence[int]) -> Any:
-        ids = tvm.runtime.tensor(np.asarray(tokens, "int32"))
-        return self.vm["embed"](ids, self.params)
+        return self.vm["embed"](self.put(np.asarray(tokens, "int32")), self.params)
 
     def _run(self, name: str, embeddings: Any, extents: tuple[int, ...], *positions: Any) -> Array:
         view = embeddings._create_view((*extents, embeddings.shape[-1]))
@@ -122,7 +127,7 @@ class Engine:
         if len(seqs) == 1:
             logits = self._run(kind, embeddings, (1, sum(lengths)))
         else:
-            last = tvm.runtime.tensor(np.cumsum(lengths).astype("int32") - 1)
+            last = self.put(np.cumsum(lengths).astype("int32") - 1)
             logits = self._run(f"batch_{kind}", embeddings, (1, sum(lengths)), last)
         self.call("kv_state_end_forward")
         return logits.reshape(len(seqs), -1)

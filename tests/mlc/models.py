@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-VOCABULARY = 128
+from engine import VOCABULARY
+
 _FOLDER = tempfile.TemporaryDirectory(prefix="mlc-")  # removed with the process
 _COMMON = {
     "hidden_size": 64,

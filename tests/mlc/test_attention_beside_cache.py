@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-from engine import shape
-from models import VOCABULARY, compile_model, config
+from engine import VOCABULARY, shape
+from models import compile_model, config
 from tvm import relax
 
 torch = pytest.importorskip("torch")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 from alone import check, tokens
-from engine import Engine
-from models import VOCABULARY, compile_model
+from engine import VOCABULARY, Engine
+from models import compile_model
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-from engine import Engine
-from models import VOCABULARY, compile_model
-from test_logits import compare, continuous_batch, logits
+from engine import VOCABULARY, Engine
+from engine_scripts import continuous_batch, logits
+from models import compile_model
+from test_logits import compare
 from tvm import relax
 from tvm.relax.frontend import nn
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tvm
 import tvm_ffi
-from engine import Array, Engine
+from engine import VOCABULARY, Array, Engine
 from host_session import HostSession
-from models import VOCABULARY, compile_model, config
+from models import compile_model, config
 
 WORKERS = 2
 

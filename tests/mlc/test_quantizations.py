@@ -5,15 +5,15 @@ A new one, or one that starts to work, fails here: the table in docs/mlc.md is m
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from models import compile_model, config
-from test_logits import continuous_batch, logits
+from engine_scripts import continuous_batch, logits
+from models import compile_model
+from test_compile_for_cuda import compile_for_cuda
 
 #: By the dtype of keys and values: how far two ways of rounding may be apart, as a share of the
 #: logits' deviation (root mean square; another sequence's logits are 1.4 of it apart).
@@ -84,17 +84,9 @@ def compiled(quantization: str, cache: str = "ours") -> Path:
     return compile_model(family_of(quantization), quantization, cache, overrides)
 
 
-def compile_for_cuda(family: str, quantization: str, folder: Path) -> bytes:
-    """``mlc compile``; the library as it is on disk."""
-    from mlc_llm.cli import compile as mlc_compile
-
+def for_cuda(family: str, quantization: str, folder: Path) -> bytes:
     heads = {"qk_nope_head_dim": 48} if family == "deepseek_v2" else {"head_dim": 64}
-    (folder / "config.json").write_text(json.dumps(config(family) | sizes(quantization) | heads))
-    library = folder / "model.so"
-    arguments = [str(folder / "config.json"), "--model-type", family, "-o", str(library)]
-    arguments += ["--quantization", quantization, "--device", "nvidia/nvidia-h100"]
-    mlc_compile.main([*arguments, "--opt", "flashinfer=0;cublas_gemm=0;cudagraph=0"])
-    return library.read_bytes()
+    return compile_for_cuda(family, folder, quantization, **sizes(quantization) | heads)
 
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
@@ -135,9 +127,8 @@ def test_not_on_a_cpu(quantization: str) -> None:
 @needs_nvcc
 @pytest.mark.parametrize(("family", "quantization"), FOR_CUDA)
 def test_device_code(family: str, quantization: str, tmp_path: Path) -> None:
-    library = compile_for_cuda(family, quantization, tmp_path)
+    library = for_cuda(family, quantization, tmp_path)
     assert b"tvm_flashinfer.kv_cache_create" in library
-    assert b"sm_90a" in library and b'extern "C" __global__' not in library
     if quantization.startswith("q0"):
         assert b"tvm_flashinfer.linear_cuda" in library
 
@@ -146,4 +137,4 @@ def test_device_code(family: str, quantization: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("quantization", NOT_ON_CUDA)
 def test_no_device_code(quantization: str, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=NOT_ON_CUDA[quantization]):
-        compile_for_cuda(family_of(quantization), quantization, tmp_path)
+        for_cuda(family_of(quantization), quantization, tmp_path)

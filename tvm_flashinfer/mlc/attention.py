@@ -1,4 +1,4 @@
-"""Attention beside the KV cache, on a CPU: encoders and vision towers.
+"""Attention beside the KV cache: encoders and vision towers.
 
 mlc_llm has one operator for it, ``op_ext.attention``, with a kernel for GPUs, which doesn't read
 its mask. :func:`attention` is plain Relax operators in its place, for InjectAttention to find.
@@ -6,9 +6,42 @@ its mask. :func:`attention` is plain Relax operators in its place, for InjectAtt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tvm
+
+from tvm_flashinfer import jit_cuda
+from tvm_flashinfer.jit import AttentionSpec
+
+
+def in_place_of(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """:func:`attention` where there are kernels for it, else mlc_llm's operator ``theirs``."""
+
+    def choose(q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> Any:
+        why = _not_ours(q, k, v)
+        if why is None:
+            return attention(q, k, v, *rest, **options)
+        if why:
+            from mlc_llm.support import logging
+
+            logging.getLogger(__name__).warning("Attention is left to mlc_llm: %s", why)
+        return theirs(q, k, v, *rest, **options)
+
+    return choose
+
+
+def _not_ours(q: Any, k: Any, v: Any) -> str | None:
+    """None if the model being made gets our kernels; else why not, empty for other devices."""
+    target = tvm.target.Target.current(allow_none=True)
+    kind = target.kind.name if target is not None else ""
+    if kind == "cuda":
+        try:
+            dtypes = str(q.dtype), str(k.dtype)
+            jit_cuda.check_spec(AttentionSpec(*dtypes, q.shape[-1], v.shape[-1]))
+        except ValueError as error:
+            return str(error)
+    return None if kind in ("cuda", "llvm") else ""
 
 
 def attention(

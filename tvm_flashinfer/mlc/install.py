@@ -17,8 +17,8 @@ _replaced: dict[str, Any] = {}
 
 
 def install() -> None:
-    """Make mlc_llm compile with our KV cache and linear layers; on a CPU also with our experts and
-    attention beside the cache. A second call does nothing.
+    """Make mlc_llm compile with our KV cache, attention beside it and linear layers; on a CPU also
+    with our experts. A second call does nothing.
 
     Raises
     ------
@@ -44,7 +44,7 @@ def install() -> None:
     allocate = pipeline.AttachCUDAGraphAllocInitFunc
     _replace(pipeline, "AttachCUDAGraphAllocInitFunc", _after_keys(allocate))
     _replace(jit, "subprocess", _OurSubprocess())
-    _replace(op, "attention", _on_cpu(attention.attention, op.attention))
+    _replace(op, "attention", attention.in_place_of(op.attention))
     _replace(op.moe_misc, "_gating_topk_init_local_top_k", experts.init_top_k)
     for ours in (experts.group_gemm, experts.dequantize_group_gemm):
         theirs = getattr(op.moe_matmul, ours.__name__)
@@ -92,9 +92,26 @@ def _dispatch_kv_cache(target: Any, flashinfer: bool, metadata: dict[str, Any]) 
         # Without a driver TVM would put CUDA source into the library, and no device code.
         load_cuda_runtime(allow_stub=True)
     passes: list[Any] = [DispatchKVCache(target, metadata)]
-    if target.kind.name == "llvm":
-        passes.append(attention.AttentionBesideCache(target))
+    if target.kind.name in ("cuda", "llvm"):
+        passes += [attention.AttentionBesideCache(target), _carry_autoload()]
     return tvm.transform.Sequential(passes)
+
+
+def _carry_autoload() -> Any:
+    """Models without a cache call our functions too: linear layers, attention."""
+    import tvm
+
+    from ..nn import autoload_module
+
+    @tvm.transform.module_pass(opt_level=0, name="CarryAutoload")
+    def run(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+        ours = autoload_module()
+        present = list(mod.attrs.get("external_mods", [])) if mod.attrs else []
+        if any(module.same_as(ours) for module in present):
+            return mod
+        return mod.with_attr("external_mods", [*present, ours])
+
+    return run
 
 
 def _after_ours(fuse_transpose_matmul: Callable[[], Any]) -> Callable[[], Any]:
