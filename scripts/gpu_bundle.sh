@@ -20,6 +20,9 @@ for arch in 80 90a; do
 done
 "$python" tests/gpu/kernels.py
 "$python" tests/gpu/models.py "$folder/models" --arch sm_90a
+if "$python" -c "import tvm_flashinfer.mlc" 2>/dev/null; then
+  "$python" tests/gpu/mlc_models.py "$folder/mlc"
+fi
 # TVM as it runs a compiled model: its Python and its runtime, without the compiler.
 "$python" - "$folder/packages/tvm.tar.xz" <<'PY'
 import sys, tarfile

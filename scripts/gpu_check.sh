@@ -5,7 +5,7 @@
 # scripts/gpu_bundle.sh made, in at most ten minutes, and prints one table last. A part that fails or
 # takes too long does not stop the others; the exit status is the number of failed parts.
 #
-#   scripts/gpu_check.sh [FOLDER] [PART...]     parts: models tests variants cache sm80
+#   scripts/gpu_check.sh [FOLDER] [PART...]     parts: models mlc tests variants cache sm80
 #                                             sanitizer model attention measures host; and racecheck,
 # which is not among the default ones: docs/benchmarks-cuda.md says what it reports.
 set -uo pipefail
@@ -16,7 +16,7 @@ folder="${folder%/}"
 folder="$(realpath "$folder")"
 shift || true
 parts=("$@")
-((${#parts[@]})) || parts=(models tests variants cache sm80 sanitizer model attention measures host)
+((${#parts[@]})) || parts=(models mlc tests variants cache sm80 sanitizer model attention measures host)
 python="${PYTHON:-python3}"
 log="${OUT:-$folder/log}"
 mkdir -p "$log"
@@ -51,6 +51,8 @@ part() { # NAME SECONDS COMMAND...
 }
 
 part models 150 "${pytest[@]}" tests/gpu/test_gpu_model.py tests/gpu/test_gpu_inject.py
+# Skipped where the folder has no models of MLC-LLM: gpu_bundle.sh makes them where mlc_llm is.
+part mlc 120 "${pytest[@]}" tests/gpu/test_gpu_mlc.py
 part tests 120 "${pytest[@]}" tests/gpu/test_gpu_attention.py
 part variants 120 "${pytest[@]}" tests/gpu/test_gpu_variants.py
 part cache 120 "${pytest[@]}" tests/gpu/test_gpu_kv_cache.py
