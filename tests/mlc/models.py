@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -175,3 +176,9 @@ def compiled_by(cache: str, arguments: list[str]) -> None:
     else:
         with tvm_cache():
             mlc_compile.main(arguments)
+
+
+def calls(library: bytes, name: str) -> bool:
+    """Whether a compiled model calls ``tvm_flashinfer.NAME``: every model carries the names of all
+    such functions once, in what loads our library (autoload.py)."""
+    return len(re.findall(rb"tvm_flashinfer\.%b(?!\w)" % name.encode(), library)) > 1
