@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -101,9 +101,10 @@ class DispatchLinear:
 
     A matmul is a linear layer if its right-hand operand is a matrix that is a parameter or a
     constant of the function but for layout: ``permute_dims``, ``astype`` to a wider dtype, an
-    element of a tuple, an alias. A weight that is used as [K, N], without ``permute_dims``, goes to
-    ``tvm_flashinfer.linear_kn``. Where the function has the attribute ``num_input``, its first
-    inputs are no parameters. Only straight-line code is rewritten.
+    element of a tuple, an alias, a repetition for each matrix on the left. A weight that is used as
+    [K, N], without ``permute_dims``, goes to ``tvm_flashinfer.linear_kn``. Where the function has
+    the attribute ``num_input``, its first inputs are no parameters. Only straight-line code is
+    rewritten.
 
     What follows and is read by nobody else is taken along: the addition of a parameter of N
     elements, and casts among float32, float16 and bfloat16. Sums are float32 up to the last cast,
@@ -243,11 +244,14 @@ def _match(
     x_shape, shape = shape_of(x), shape_of(right)
     if x_shape is None or shape is None:
         raise _LeftAloneError("the dimensions of the operands are not known one by one")
+    weight, layout = _one_matrix(graph, right), "KN"
+    shape = shape_of(weight) or []
     if len(shape) != 2:
         raise _LeftAloneError(
             f"the right-hand operand has {len(shape)} dimensions, a linear layer's weight has two"
         )
-    weight, layout = right, "KN"
+    if not _same_dims(shape_of(binding.var) or [], [*x_shape[:-1], shape[-1]]):
+        raise _LeftAloneError("the left-hand operand is repeated for several products")
     while True:
         value = graph.resolve(weight)
         op = op_name(value)
@@ -266,6 +270,28 @@ def _match(
             + ", no parameter or constant"
         )
     return _Linear(binding.var, x, weight, layout, on_cuda=on_cuda)
+
+
+def _one_matrix(graph: Graph, matrices: relax.Expr) -> relax.Expr:
+    """The matrix that ``matrices``, [.., K, N], repeats, as torch writes a linear layer whose input
+    isn't contiguous; otherwise ``matrices`` itself.
+    """
+    found = matrices
+    while (shape := shape_of(found)) and len(shape) > 2:
+        value = graph.resolve(found)
+        if op_name(value) not in ("broadcast_to", "expand_dims", "reshape"):
+            return matrices
+        found = value.args[0]
+        source = shape_of(found)
+        if not source or len(source) < 2 or not _same_dims(source[-2:], shape[-2:]):
+            return matrices
+        if not all(map(is_one, source[:-2])):
+            return matrices
+    return found
+
+
+def _same_dims(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(tvm_ffi.structural_equal, a, b))
 
 
 def _is_row(linear: _Linear) -> bool:

@@ -13,6 +13,7 @@ from tvm import relax
 from relax_passes.attention_site import AttentionSite
 from relax_passes.explain import inspect_module
 from relax_passes.graph import Graph, op_name
+from relax_passes.known_shapes import with_known_shapes
 from relax_passes.recognize import find_sites
 from relax_passes.report import SiteReport
 
@@ -61,7 +62,7 @@ def _rows(mod: tvm.IRModule) -> tuple[list[_Row], str]:
     for _, func in mod.functions_items():
         if not isinstance(func, relax.Function):
             continue
-        graph = Graph(func)
+        graph = Graph(with_known_shapes(func))
         sites = {site.anchor: site for site in find_sites(func, graph)}
         for binding in graph.bindings:
             found = sites.pop(binding.var, None)

@@ -37,6 +37,7 @@ from relax_passes.graph import (
     shape_of,
     static_int,
 )
+from relax_passes.known_shapes import bind_lengths
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class ElementView:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.analyzer = tvm.sym.Analyzer()
+        bind_lengths(self.analyzer, graph.func)
 
     def variable(self, name: str, extent: Any) -> Any:
         """A fresh index variable, known to lie in [0, extent)."""
@@ -358,9 +360,7 @@ class ElementView:
         extent = (shape_of(source) or index)[axis]
         places: list[Any] = [tirx.IntImm("int64", 0)]
         if not is_one(extent):
-            later = tirx.Var("later", "int64")
-            self.analyzer.bind(later, tvm.ir.Range(1, extent))
-            places.append(later)
+            places.append(self.variable("later", extent - 1) + 1)
         steps = {
             self._settled(self.at(source, (*index[:axis], place, *index[axis + 1 :])))
             for place in places

@@ -15,6 +15,7 @@ from tvm import relax
 
 from relax_passes.graph import Graph, op_name
 from relax_passes.inject import RUNTIME_FUNCTION, InjectAttention
+from relax_passes.known_shapes import with_known_shapes
 from relax_passes.recognize import find_sites
 from relax_passes.report import Report, SiteReport
 from relax_passes.targets import resolve_target
@@ -109,7 +110,7 @@ def _lines_before(mod: tvm.IRModule, number: int) -> str:
     for _, func in mod.functions_items():
         if not isinstance(func, relax.Function):
             continue
-        graph = Graph(func)
+        graph = Graph(with_known_shapes(func))
         sites = find_sites(func, graph)
         if number >= len(sites):
             number -= len(sites)

@@ -17,6 +17,7 @@ from relax_passes.derive import Derived, argument, derive
 from relax_passes.elements import ElementView
 from relax_passes.graph import Graph, shape_of
 from relax_passes.inject_cuda import check_cuda, even_order, with_even_queries
+from relax_passes.known_shapes import with_known_shapes
 from relax_passes.logits import NotProvenError
 from relax_passes.output_view import OutputView, find_output
 from relax_passes.recognize import find_sites
@@ -115,10 +116,11 @@ class InjectAttention:
     def _function(
         self, mod: tvm.IRModule, func: relax.Function, kernels: dict[str, KernelArtifact]
     ) -> relax.Function:
+        given, func = func, with_known_shapes(func)
         graph = Graph(func)
         sites = find_sites(func, graph)
         if not sites:
-            return func
+            return given
         view = ElementView(graph)
         written: dict[Any, _Call] = {}
         for site in sites:
@@ -131,7 +133,7 @@ class InjectAttention:
             self.report.extend([site], rewritten=site.recognised)
             if self.strict and not site.recognised:
                 raise InjectError(f"attention {site.name!r} is left alone: {site.reason}.")
-        return _rewrite(mod, func, written) if written else func
+        return _rewrite(mod, func, written) if written else given
 
     def _prepare(
         self,

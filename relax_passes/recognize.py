@@ -42,6 +42,7 @@ from relax_passes.graph import (
     shape_of,
     static_int,
 )
+from relax_passes.known_shapes import with_known_shapes
 from relax_passes.logits import Hidden, Logits, NoScoreError, NotProvenError, loads
 from relax_passes.mask import derive_mask
 from relax_passes.naming import name_transform
@@ -57,7 +58,7 @@ def find_sites(func: relax.Function, graph: Graph | None = None) -> list[Attenti
     Sites inside conditionals and nested functions come last, and are refused.  ``graph`` is
     ``Graph(func)``, if there is one already.
     """
-    sites = _sites_of(graph or Graph(func))
+    sites = _sites_of(graph or Graph(with_known_shapes(func)))
     for where, inner in nested_graphs(func):
         sites += [site.refuse(f"it is inside {where}") for site in _sites_of(inner)]
     return sites

@@ -202,6 +202,46 @@ def test_what_is_no_linear_layer_is_left_alone_and_said_so() -> None:
 
 
 @I.ir_module
+class RepeatedWeight:
+    """How torch writes a linear layer whose input isn't contiguous."""
+
+    @R.function
+    def main(x: R.Tensor((4, 3, 24), "float32"), w: R.Tensor((40, 24), "float32")):
+        with R.dataflow():
+            wt = R.permute_dims(w)
+            for_each = R.broadcast_to(wt, R.shape([4, 24, 40]))
+            out = R.matmul(x, for_each)
+            R.output(out)
+        return out
+
+
+@I.ir_module
+class RepeatedInput:
+    """One input times one weight, four times: no linear layer."""
+
+    @R.function
+    def main(x: R.Tensor((1, 3, 24), "float32"), w: R.Tensor((24, 40), "float32")):
+        with R.dataflow():
+            for_each = R.broadcast_to(w, R.shape([4, 24, 40]))
+            out = R.matmul(x, for_each)
+            R.output(out)
+        return out
+
+
+def test_a_weight_repeated_for_each_matrix_on_the_left() -> None:
+    after, (site,) = dispatch(RepeatedWeight)
+    assert ops(after) == ["tvm_flashinfer.linear"]
+    assert (site.weight_shape, site.weight_layout) == ("[40, 24]", "NK")
+    rng = np.random.default_rng(2)
+    x, w = (rng.standard_normal(n).astype("float32") for n in ((4, 3, 24), (40, 24)))
+    got = run(after, *map(tvm.runtime.tensor, (x, w)))
+    np.testing.assert_allclose(got, x @ w.T, rtol=1e-5, atol=1e-5)
+    after, (site,) = dispatch(RepeatedInput)
+    tvm.ir.assert_structural_equal(after, RepeatedInput)
+    assert site.reason == "the left-hand operand is repeated for several products"
+
+
+@I.ir_module
 class ActivationOnTheRight:
     @R.function
     def main(

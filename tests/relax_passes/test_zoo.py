@@ -11,7 +11,7 @@ import tvm
 import zoo
 from ml_dtypes import bfloat16
 
-from relax_passes.frontend import WrapIndices
+from relax_passes.frontend import WrapIndices, from_torch
 
 heavy = pytest.mark.heavy
 PADDED = ("softmax", "causal+padding")
@@ -80,18 +80,41 @@ def test_model(name: str, attention: str) -> None:
     check(name, attention, dynamic=False)
 
 
+#: Models whose lengths torch.export makes numbers of.
+OF_ONE_LENGTH = ("mpt", "whisper_encoder", "vit")
+#: Models that TVM imports with a symbolic length and can't compile: a table of positions is cut at
+#: min(length, size), after which shapes are unknown. Through ``from_torch`` they run.
+OF_CUT_POSITIONS = ("bert", "clip")
+
+
 @pytest.mark.parametrize(
     ("name", "attention"),
     [
-        ("llama", "sdpa"),
-        *(
-            pytest.param(*case, marks=heavy)
-            for case in (("gemma2", "eager"), ("t5_encoder", "eager"))
-        ),
+        pytest.param(*case, marks=[] if case == ("llama", "sdpa") else [heavy])
+        for case in SITES
+        if case[0] not in (*OF_ONE_LENGTH, *OF_CUT_POSITIONS)
     ],
 )
 def test_symbolic_lengths(name: str, attention: str) -> None:
     check(name, attention, dynamic=True)
+
+
+@heavy
+@pytest.mark.parametrize("name", OF_ONE_LENGTH)
+def test_export_refuses_another_length(name: str) -> None:
+    with pytest.raises(torch._dynamo.exc.UserError, match="Constraints violated"):
+        zoo.import_module(zoo.ZooModel(name, "eager"), zoo.example(name), dynamic=True)
+
+
+def test_without_a_mask_a_symbolic_length_is_causal() -> None:
+    """transformers looks for packed sequences then, in positions that it has counted itself."""
+    model, args = zoo.ZooModel("llama", "sdpa"), zoo.example("llama")[:1]
+    length = torch.export.Dim("length", min=2, max=64)
+    with torch.no_grad():
+        want = model(*args).numpy()
+    mod, report = zoo.inject(from_torch(model, args, dynamic_shapes=({1: length},)))
+    assert [(s.reason, s.variant, s.mask) for s in report.sites] == [("", "softmax", "causal")] * 2
+    assert zoo.distance(zoo.run(mod, args), want) <= 1e-5
 
 
 @heavy
@@ -102,14 +125,20 @@ def test_importer_cannot_view_gpt2_sdpa() -> None:
 
 
 @heavy
-def test_tvm_cannot_compile_bert_of_dynamic_length() -> None:
-    """The table of positions is cut at min(length, size), after which shapes are unknown; through
-    ``from_torch`` it runs (test_frontend.py).
-    """
-    args = zoo.example("bert")
-    mod = zoo.import_module(zoo.ZooModel("bert", "sdpa"), args, dynamic=True)
+@pytest.mark.parametrize("name", OF_CUT_POSITIONS)
+def test_tvm_cannot_compile_cut_positions(name: str) -> None:
+    model, args = zoo.ZooModel(name, "sdpa"), zoo.example(name)
+    mod = zoo.import_module(model, args, dynamic=True)
     with pytest.raises(tvm.error.InternalError, match="cannot emit this Relax operator"):
         zoo.run(mod, args)
+    with torch.no_grad():
+        want = model(*args).numpy()
+    length = torch.export.Dim("length", min=2, max=64)
+    mod, report = zoo.inject(from_torch(model, args, dynamic_shapes=({1: length},) * len(args)))
+    assert [(s.reason, s.variant, s.mask) for s in report.sites] == [
+        ("", *site) for site in SITES[name, "sdpa"]
+    ]
+    assert zoo.distance(zoo.run(mod, args), want) <= 1e-5
 
 
 @heavy
