@@ -9,7 +9,8 @@ into the model's library: when that is loaded, and the functions don't exist yet
 3. where it was when the model was compiled;
 4. where the loader looks.
 
-If none is there, calling a function raises an error that says what to do.
+If none is there, calling a function raises an error that says what to do. BLAS and cuBLASLt are
+taken from where they were when the model was compiled, unless the environment names others.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import hashlib
 import os
 from functools import cache
 
+from ._blas import find_blas, find_cublaslt
 from ._library import LIBRARY_NAME, library_path
 from .jit import CompilerError, KernelArtifact, cache_dir, find_compiler
 
@@ -87,9 +89,19 @@ bool LoadOurs() {
   return Load("@path@") || Load("@library@");
 }
 
+// A library that isn't there any more is passed over, for one that the loader finds.
+void Tell(const char* function, const std::string& path) {
+  if (!path.empty()) tvm::ffi::Function::GetGlobalRequired(function)(path);
+}
+
 __attribute__((constructor)) void LoadOnce() {
   using tvm::ffi::Function;
-  if (Function::GetGlobal(kFunctions[0]).has_value() || LoadOurs()) return;
+  if (Function::GetGlobal(kFunctions[0]).has_value()) return;
+  if (LoadOurs()) {
+    Tell("tvm_flashinfer.set_blas_path", "@blas@");
+    Tell("tvm_flashinfer.set_cublaslt_path", "@cublaslt@");
+    return;
+  }
   for (const char* name : kFunctions) {
     const std::string function = name;
     Function::SetGlobal(
@@ -122,6 +134,8 @@ def build_autoload() -> KernelArtifact:
         "functions": ", ".join(f'"{name}"' for name in FUNCTIONS),
         "library": LIBRARY_NAME,
         "path": str(library_path()),
+        "blas": str(find_blas() or ""),
+        "cublaslt": str(find_cublaslt() or ""),
         "symbol": SYMBOL,
     }.items():
         source = source.replace(f"@{name}@", text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
@@ -43,6 +43,7 @@ def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [*(stream.push(i) for i in ids), stream.finish()]
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_byte_level_text_arrives_in_whole_characters(text):
     tokenizer = byte_level()
@@ -55,12 +56,14 @@ def test_byte_level_text_arrives_in_whole_characters(text):
     assert "�" in text or ends == list(text)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 255), max_size=30))
 def test_any_bytes_end_as_the_decoder_has_them(ids):
     tokenizer = byte_level()
     assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.sampled_from([256, 257, 258, 259, 260]), TEXTS), max_size=8))
 def test_byte_fallback_keeps_spaces_and_characters(parts):
     tokenizer = byte_fallback()
@@ -89,6 +92,7 @@ def test_what_cannot_begin_a_stop_string_is_shown_at_once():
     assert stop.push("less") == "\n\nUseless"
 
 
+@settings(deadline=None)
 @given(st.text("ab", max_size=20), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_stop_strings_cut_where_find_does(text, stops):
     hits = [at for stop in stops if (at := text.find(stop)) >= 0]

@@ -276,7 +276,7 @@ def _in_huge_pages(tensor: Any) -> Any:
     """A copy in memory of 2 MiB pages where the system has some, as the KV cache's own pools."""
     import torch
 
-    memory = mmap.mmap(-1, tensor.nbytes)
+    memory = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
