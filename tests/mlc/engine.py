@@ -31,7 +31,7 @@ def random_weight(param: dict[str, Any]) -> Array:
     extents = [VOCABULARY if extent in (-1, "vocab_size") else extent for extent in param["shape"]]
     if param["dtype"].startswith("uint"):
         data = rng.integers(0, 2**32, extents, dtype=np.uint32)
-    elif param["name"].endswith("q_scale"):
+    elif param["name"].endswith("q_scale") and extents != [1]:  # of a group's integers
         data = rng.uniform(0.01, 0.04, extents)
     elif len(extents) == 1:
         data = 1 + 0.1 * rng.standard_normal(extents)
