@@ -15,6 +15,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.relax.frontend.nn.llm.kv_cache import AttnKind, RopeMode
 
 from relax_passes.targets import kernel_cpu
+from tvm_flashinfer.linking import link
 
 #: What MLC-LLM's models call in ``create_paged_kv_cache``, for its pipeline to replace.
 MLC_GENERIC = "mlc.create_paged_kv_cache_generic"
@@ -128,8 +129,7 @@ class DispatchKVCache:
         if not (found or rewriter.count):
             return mod
         mod = _rewritten(_Steps(mod), mod)
-        present = list(mod.attrs.get("external_mods", [])) if mod.attrs else []
-        return mod.with_attr("external_mods", present + _distinct(libraries))
+        return link(mod, libraries)
 
     def _replace_mlc(
         self, mod: tvm.IRModule, target: tvm.target.Target, libraries: list[Any]
@@ -181,15 +181,6 @@ def _host_cpu(target: tvm.target.Target) -> str:
     host = target.host
     named = "mcpu" in target.attrs or host is None or host.kind.name != "llvm"
     return kernel_cpu(target if named else host)
-
-
-def _distinct(modules: list[Any]) -> list[Any]:
-    """Modules without repetition: kernels and loader are made once and linked once."""
-    unique: list[Any] = []
-    for module in modules:
-        if not any(module is other for other in unique):
-            unique.append(module)
-    return unique
 
 
 def _calls(e: Any, name: str) -> bool:

@@ -21,6 +21,7 @@ from relax_passes.graph import (
     shape_of,
     static_int,
 )
+from tvm_flashinfer.linking import link
 
 FUNCTION_NK = "tvm_flashinfer.linear"
 FUNCTION_KN = "tvm_flashinfer.linear_kn"
@@ -110,7 +111,8 @@ class DispatchLinear:
     elements, and casts among float32, float16 and bfloat16. Sums are float32 up to the last cast,
     so a 16-bit result is rounded once where the operators one by one would round it each time.
 
-    Anything else is left as it is. Runs before LegalizeOps.
+    Anything else is left as it is. Runs before LegalizeOps. The module's ``external_mods`` get the
+    object that loads ``libtvm_flashinfer.so`` with an exported library.
 
     Parameters
     ----------
@@ -164,6 +166,7 @@ class DispatchLinear:
             mod = mod.clone()
             for gvar, func in updated.items():
                 mod.update_func(gvar, func)
+            mod = link(mod)
         return mod
 
 

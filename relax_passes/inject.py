@@ -26,6 +26,7 @@ from relax_passes.targets import kernel_cpu
 from relax_passes.views import StridedView, widens
 from tvm_flashinfer import jit_cuda
 from tvm_flashinfer.jit import AttentionSpec, KernelArtifact, build_attention
+from tvm_flashinfer.linking import kernel_module, link
 
 RUNTIME_FUNCTION = "tvm_flashinfer.graph_attention"
 
@@ -76,7 +77,8 @@ class InjectAttention:
         Told, in a sentence, when a kernel is compiled.
     build : callable | None
         Makes the kernel of an ``AttentionSpec``; by default the JIT does, and the module's
-        ``external_mods`` get its object file, so that exported libraries carry it.
+        ``external_mods`` get its object file, so that exported libraries carry it, and one that
+        loads ``libtvm_flashinfer.so`` with them.
 
     Raises
     ------
@@ -105,12 +107,7 @@ class InjectAttention:
                 if new is not func:
                     mod.update_func(gvar, new)
         if kernels and self.build is None:
-            added = [
-                tvm.runtime.load_static_library(k.object_path, [symbol])
-                for symbol, k in kernels.items()
-            ]
-            known = mod.attrs["external_mods"] if mod.attrs and "external_mods" in mod.attrs else []
-            mod = mod.with_attr("external_mods", [*known, *added])
+            mod = link(mod, map(kernel_module, kernels.values()))
         return mod
 
     def _function(

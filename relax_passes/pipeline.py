@@ -34,6 +34,7 @@ from relax_passes.report import Report
 from relax_passes.targets import TargetError
 from relax_passes.targets import resolve_target as _resolve_target
 from tvm_flashinfer.jit import KernelArtifact
+from tvm_flashinfer.linking import link
 
 PIPELINE_NAME = "tvm_flashinfer_llm"
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -189,7 +190,7 @@ def compile_causal_lm(
     if row_kernel is not None:
         names = [row_kernel.symbol, f"{row_kernel.symbol}_bias"]
         library = tvm.runtime.load_static_library(row_kernel.object_path, names)
-        module = module.with_attr("external_mods", [*module.attrs["external_mods"], library])
+        module = link(module, [library])
     say("lower")
     pipeline = (
         lower_pipeline(

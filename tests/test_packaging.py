@@ -232,25 +232,46 @@ def tvm_without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-def test_a_compiled_model_needs_no_compiler(tvm_without_compiler: Path, tmp_path: Path) -> None:
-    """Its kernels are linked in; TVM's runtime and our library are all that runs it."""
+SHAPE = (2, 40, 4, 32)
+
+
+@pytest.fixture(scope="module")
+def exported_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Attention of ``q @ w``, k and v, compiled by our passes in one's own pipeline."""
+    from relax_passes.dispatch_linear import DispatchLinear
     from relax_passes.inject import InjectAttention
     from relax_passes.targets import resolve_target
 
-    shape = (2, 40, 4, 32)
     builder = relax.BlockBuilder()
-    operands = [relax.Var(name, relax.TensorType(shape, "float32")) for name in "qkv"]
-    with builder.function("main", operands):
-        attention = relax.op.nn.attention(*operands, causal_mask="TopLeft")
-        builder.emit_func_output(builder.emit(attention))
+    operands = [relax.Var(name, relax.TensorType(SHAPE, "float32")) for name in "qkv"]
+    w = relax.Var("w", relax.TensorType(SHAPE[-1:] * 2, "float32"))
+    with builder.function("main", [*operands, w], {"num_input": 3}):
+        with builder.dataflow():
+            q = builder.emit(relax.op.matmul(operands[0], w))
+            attention = relax.op.nn.attention(q, *operands[1:], causal_mask="TopLeft")
+            out = builder.emit_output(attention)
+        builder.emit_func_output(out)
     target = resolve_target("native")
-    mod = InjectAttention(target=target, strict=True)(builder.get())
-    tvm.compile(mod, target=target).export_library(str(tmp_path / "model.so"))
-    arrays = [np.random.default_rng(i).standard_normal(shape, dtype="f4") for i in range(3)]
-    np.savez(tmp_path / "operands.npz", *arrays)
-    done = run_python(
+    passes = [InjectAttention(target=target, strict=True), DispatchLinear(target)]
+    mod = tvm.transform.Sequential(passes)(builder.get())
+    library = tmp_path_factory.mktemp("exported") / "model.so"
+    tvm.compile(mod, target=target).export_library(str(library))
+    return library
+
+
+def run_exported(
+    library: Path,
+    tvm_without_compiler: Path,
+    arrays: list[np.ndarray],
+    begin: str = "",
+    **env: str,
+) -> subprocess.CompletedProcess[str]:
+    """The model's output, in out.npy beside it, by a process that has TVM's runtime alone."""
+    np.savez(library.with_name("operands.npz"), *arrays)
+    return run_python(
         f"""
-import numpy as np, tvm, tvm_flashinfer
+import sys
+import numpy as np, tvm
 from tvm.runtime import vm
 assert tvm.__file__.startswith({str(tvm_without_compiler)!r}), tvm.__file__
 try:
@@ -259,16 +280,79 @@ except Exception:
     pass
 else:
     raise AssertionError("the compiler is there after all")
-arrays = np.load({str(tmp_path / "operands.npz")!r})
-machine = vm.VirtualMachine(tvm.runtime.load_module({str(tmp_path / "model.so")!r}), tvm.cpu())
+{begin}
+arrays = np.load({str(library.with_name("operands.npz"))!r})
+machine = vm.VirtualMachine(tvm.runtime.load_module({str(library)!r}), tvm.cpu())
 out = machine["main"](*(tvm.runtime.tensor(a) for a in arrays.values()))
-np.save({str(tmp_path / "out.npy")!r}, out.numpy())
+assert ("tvm_flashinfer" in sys.modules) == {bool(begin)}
+np.save({str(library.with_name("out.npy"))!r}, out.numpy())
 """,
         PYTHONPATH=str(tvm_without_compiler),
+        **env,
     )
-    assert done.returncode == 0, done.stderr
-    q, k, v = arrays
-    out = np.load(tmp_path / "out.npy")
-    for b in range(shape[0]):
-        expected, _ = oracle.attend(q[b], k[b], v[b], 32**-0.5, oracle.bottom_right(40, 40))
-        oracle.assert_close(out[b], expected, 1e-5)
+
+
+def test_a_compiled_model_needs_no_compiler_and_no_import(
+    exported_model: Path, tvm_without_compiler: Path, tmp_path: Path
+) -> None:
+    """Its kernels are linked in, and it loads our library: from where that was, or beside it."""
+    rng = np.random.default_rng(0)
+    q, k, v = arrays = [rng.standard_normal(SHAPE, dtype="f4") for _ in range(3)]
+    arrays.append(rng.standard_normal(SHAPE[-1:] * 2, dtype="f4"))
+    moved = Path(shutil.copy(exported_model, tmp_path))
+    shutil.copy(_library.library_path(), tmp_path)
+    default = {"TVM_FLASHINFER_LIBRARY": ""}
+    for library, begin in ((exported_model, ""), (moved, ""), (moved, "import tvm_flashinfer")):
+        done = run_exported(library, tvm_without_compiler, arrays, begin, **default)
+        assert done.returncode == 0, done.stderr
+        out = np.load(library.with_name("out.npy"))
+        for b in range(SHAPE[0]):
+            projected = q[b].astype(np.float64) @ arrays[3]
+            visible = oracle.bottom_right(40, 40)
+            expected, _ = oracle.attend(projected, k[b], v[b], 32**-0.5, visible)
+            oracle.assert_close(out[b], expected, 1e-5)
+
+
+def test_a_model_without_our_library_says_what_to_do(
+    exported_model: Path, tvm_without_compiler: Path, tmp_path: Path
+) -> None:
+    arrays = [np.zeros(SHAPE, "f4")] * 3 + [np.zeros(SHAPE[-1:] * 2, "f4")]
+    for wrong, why in (
+        (tmp_path / "gone.so", "cannot open shared object file"),
+        (exported_model, "is another library"),
+    ):
+        named = {"TVM_FLASHINFER_LIBRARY": str(wrong)}
+        done = run_exported(exported_model, tvm_without_compiler, arrays, **named)
+        assert done.returncode == 1
+        last = done.stderr.strip().splitlines()[-1]
+        assert "this model was compiled with tvm-flashinfer and calls tvm_flashinfer." in last
+        assert "put the file beside the model's library, or name it in TVM_FLASH" in last
+        assert str(wrong) in last
+        assert why in last
+
+
+def test_our_package_comes_after_a_model(exported_model: Path, tmp_path: Path) -> None:
+    """One that found no library, and one that loaded a library of another build."""
+    found_none = f"""
+import os, tvm
+tvm.runtime.load_module({str(exported_model)!r})
+del os.environ["TVM_FLASHINFER_LIBRARY"]
+import tvm_flashinfer
+try:
+    tvm.get_global_func("tvm_flashinfer.merge_states")(1)
+except TypeError as error:
+    print(error)
+"""
+    done = run_python(found_none, TVM_FLASHINFER_LIBRARY=str(tmp_path / "gone.so"))
+    assert "merge_states takes" in done.stdout, done.stderr
+    facts = json.loads(_library.library_path().with_name("build_info.json").read_text())
+    (tmp_path / "build_info.json").write_text(json.dumps(facts | {"compiler": "another"}))
+    other = shutil.copy(_library.library_path(), tmp_path)
+    found_ours = f"""
+import os, tvm
+tvm.runtime.load_module({str(exported_model)!r})
+os.environ["TVM_FLASHINFER_LIBRARY"] = {str(other)!r}
+import tvm_flashinfer
+"""
+    done = run_python(found_ours, TVM_FLASHINFER_LIBRARY=str(_library.library_path()))
+    assert "a compiled model has loaded another libtvm_flashinfer.so" in done.stderr

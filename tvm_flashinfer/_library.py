@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 
 from tvm_flashinfer._blas import register_blas
+from tvm_flashinfer._functions import FUNCTIONS
 from tvm_flashinfer._threads import use_every_core
 
 LIBRARY_NAME = "libtvm_flashinfer.so"
@@ -131,18 +132,42 @@ def load() -> Path:
     From then on the packed functions ``tvm_flashinfer.*`` are registered. Raises
     :class:`LibraryError` with a sentence on what to do if that can't be.
     """
-    import tvm  # noqa: F401  # loads libtvm_runtime and libtvm_ffi, which ours links to
-
     path = library_path()
-    check_abi(BuildInfo.beside(path))
-    try:
-        # Kept for the life of the process: TVM's registry holds pointers into it.
-        ctypes.CDLL(str(path))
-    except OSError as error:
-        raise LibraryError(f"{path} can't be loaded: {error}") from error
+    info = BuildInfo.beside(path)
+    check_abi(info)
+    if not _is_loaded(info):
+        try:
+            # Kept for the life of the process: TVM's registry holds pointers into it.
+            ctypes.CDLL(str(path))
+        except OSError as error:
+            raise LibraryError(f"{path} can't be loaded: {error}") from error
     register_blas()
     use_every_core()
     return path
+
+
+def _is_loaded(info: BuildInfo) -> bool:
+    """Whether this process has the library: from an earlier call, or by a compiled model.
+
+    A second copy can't be loaded, nor one beside what a model without a library was given in place
+    of its functions (autoload.py): that is taken away.
+    """
+    import tvm  # loads libtvm_runtime and libtvm_ffi, which ours links to
+    import tvm_ffi
+
+    build_info = tvm.get_global_func("tvm_flashinfer.build_info", allow_missing=True)
+    if build_info is not None:
+        found = BuildInfo(**dict(build_info()))
+        if found != info:
+            raise LibraryError(
+                f"a compiled model has loaded another {LIBRARY_NAME} ({found}) than this package's "
+                f"({info}); import tvm_flashinfer before the model is loaded"
+            )
+        return True
+    for name in FUNCTIONS:
+        if tvm.get_global_func(name, allow_missing=True) is not None:
+            tvm_ffi.registry.remove_global_func(name)
+    return False
 
 
 def load_error() -> LibraryError | None:

@@ -20,42 +20,11 @@ import os
 from functools import cache
 
 from ._blas import find_blas, find_cublaslt
+from ._functions import FUNCTIONS
 from ._library import LIBRARY_NAME, library_path
 from .jit import CompilerError, KernelArtifact, cache_dir, find_compiler
 
 SYMBOL = "tvm_flashinfer_autoload"
-#: What compiled models call: the functions that get an explanation where ours can't be loaded.
-FUNCTIONS = (
-    "tvm_flashinfer.kv_cache_create",
-    "tvm_flashinfer.kv_cache_create_mla",
-    "tvm_flashinfer.kv_cache_create_rope",
-    "tvm_flashinfer.kv_cache_create_split_rotary",
-    "tvm_flashinfer.kv_cache_with_inline_rope",
-    "tvm_flashinfer.kv_cache_with_layers",
-    "tvm_flashinfer.kv_cache_with_layers_rope",
-    "tvm_flashinfer.kv_cache_with_rotating_kernel",
-    "tvm_flashinfer.kv_cache_with_sliding_layers",
-    "tvm_flashinfer.kv_cache_with_variant",
-    "tvm_flashinfer.kv_cache_append_mla_kv",
-    "tvm_flashinfer.kv_cache_attention",
-    "tvm_flashinfer.kv_cache_attention_bhsd",
-    "tvm_flashinfer.kv_cache_attention_views",
-    "tvm_flashinfer.kv_cache_attention_with_fused_qkv",
-    "tvm_flashinfer.kv_cache_attention_with_mask",
-    "tvm_flashinfer.kv_cache_attention_with_shared_kv",
-    "tvm_flashinfer.kv_cache_cross_attention",
-    "tvm_flashinfer.kv_cache_merge_attn_output_inplace",
-    "tvm_flashinfer.kv_cache_query_positions",
-    "tvm_flashinfer.kv_cache_self_attention",
-    "tvm_flashinfer.graph_attention",
-    "tvm_flashinfer.graph_copy",
-    "tvm_flashinfer.graph_key",
-    "tvm_flashinfer.linear",
-    "tvm_flashinfer.linear_kn",
-    "tvm_flashinfer.linear_cuda",
-    "tvm_flashinfer.linear_cuda_kn",
-)
-
 _SOURCE = r"""#include <dlfcn.h>
 #include <tvm/ffi/function.h>
 
@@ -72,14 +41,20 @@ std::string& Reasons() {
   return reasons;
 }
 
+bool Loaded() { return tvm::ffi::Function::GetGlobal("tvm_flashinfer.build_info").has_value(); }
+
 bool Load(const std::string& path) {
-  if (dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr) return true;
-  Reasons() += std::string("; ") + dlerror();
-  return false;
+  if (dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr) {
+    Reasons() += std::string("; ") + dlerror();
+  } else if (!Loaded()) {
+    Reasons() += "; " + path + " is another library";
+  }
+  return Loaded();
 }
 
 bool LoadOurs() {
-  if (const char* named = std::getenv("TVM_FLASHINFER_LIBRARY")) return Load(named);
+  const char* named = std::getenv("TVM_FLASHINFER_LIBRARY");
+  if (named != nullptr && *named != '\0') return Load(named);
   Dl_info self;
   if (dladdr(reinterpret_cast<const void*>(&LoadOurs), &self) != 0 && self.dli_fname != nullptr) {
     const std::string path = self.dli_fname;
@@ -91,12 +66,16 @@ bool LoadOurs() {
 
 // A library that isn't there any more is passed over, for one that the loader finds.
 void Tell(const char* function, const std::string& path) {
-  if (!path.empty()) tvm::ffi::Function::GetGlobalRequired(function)(path);
+  const auto tell = tvm::ffi::Function::GetGlobal(function);
+  if (tell.has_value() && !path.empty()) (*tell)(path);
 }
 
 __attribute__((constructor)) void LoadOnce() {
   using tvm::ffi::Function;
-  if (Function::GetGlobal(kFunctions[0]).has_value()) return;
+  if (Loaded()) return;
+  for (const char* name : kFunctions) {  // of a model that found no library
+    if (Function::GetGlobal(name).has_value()) Function::RemoveGlobal(name);
+  }
   if (LoadOurs()) {
     Tell("tvm_flashinfer.set_blas_path", "@blas@");
     Tell("tvm_flashinfer.set_cublaslt_path", "@cublaslt@");

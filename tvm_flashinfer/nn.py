@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import tvm
@@ -13,8 +12,8 @@ from tvm.relax.frontend.nn.llm.position_embedding import llama_rope_with_positio
 
 from . import jit_cuda
 from ._kv_kernels import attended
-from .autoload import build_autoload
-from .jit import AttentionSpec, KernelArtifact, build_attention
+from .jit import AttentionSpec, build_attention
+from .linking import autoload_module, kernel_module
 from .rope import RopeConfig
 from .variant import Variant
 from .variants import sliding_window
@@ -27,17 +26,6 @@ _SAME_SCALINGS = {
     "llama3": "llama3",
     "longrope": "longrope",  # TVM's own doesn't compile in 0.27
 }
-
-
-@cache
-def _library(artifact: KernelArtifact) -> tvm.runtime.Module:
-    """The object to link; one module however many caches need it."""
-    return tvm.runtime.load_static_library(artifact.object_path, [artifact.symbol])
-
-
-def autoload_module() -> tvm.runtime.Module:
-    """The object that loads ``libtvm_flashinfer.so`` with a model (autoload.py), to link once."""
-    return _library(build_autoload())
 
 
 class PagedKVCache(kv_cache.PagedKVCache):
@@ -115,7 +103,7 @@ class PagedKVCache(kv_cache.PagedKVCache):
                 artifact = jit_cuda.build_attention(spec, arch=str(target.attrs["arch"]))
             else:
                 artifact = build_attention(spec, mcpu=mcpu)
-            self.extern_mods.append(_library(artifact))
+            self.extern_mods.append(kernel_module(artifact))
             return relax.ExternFunc(artifact.symbol)
 
         windowed = [layer for layer, kind in enumerate(kinds) if kind == "mha_sliding"]

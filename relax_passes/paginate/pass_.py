@@ -19,6 +19,7 @@ from relax_passes.recognize import find_sites
 from relax_passes.report import Report
 from relax_passes.targets import kernel_cpu
 from tvm_flashinfer.jit import AttentionSpec
+from tvm_flashinfer.linking import kernel_module, link
 
 
 @tvm.transform.module_pass(opt_level=0, name="PaginateAttention")
@@ -143,8 +144,7 @@ class PaginateAttention:
         if mod.attrs:
             made = made.with_attrs(dict(mod.attrs.items()))
         if kernels:
-            known = list(made.attrs.get("external_mods", [])) if made.attrs else []
-            made = made.with_attr("external_mods", [*known, *kernels])
+            made = link(made, kernels)
         return made
 
     def _paginate(
@@ -191,9 +191,7 @@ class PaginateAttention:
                 new = kernel.symbol not in symbols.values()
                 symbols[layer.group] = kernel.symbol
                 if new and self.build is None:
-                    kernels.append(
-                        tvm.runtime.load_static_library(kernel.object_path, [kernel.symbol])
-                    )
+                    kernels.append(kernel_module(kernel))
         return Ours(layers, lambda group: symbols[group])
 
     def _build(self, layer: Layer, target: tvm.target.Target | None) -> Any:

@@ -93,25 +93,8 @@ def _dispatch_kv_cache(target: Any, flashinfer: bool, metadata: dict[str, Any]) 
         load_cuda_runtime(allow_stub=True)
     passes: list[Any] = [DispatchKVCache(target, metadata)]
     if target.kind.name in ("cuda", "llvm"):
-        passes += [attention.AttentionBesideCache(target), _carry_autoload()]
+        passes.append(attention.AttentionBesideCache(target))
     return tvm.transform.Sequential(passes)
-
-
-def _carry_autoload() -> Any:
-    """Models without a cache call our functions too: linear layers, attention."""
-    import tvm
-
-    from ..nn import autoload_module
-
-    @tvm.transform.module_pass(opt_level=0, name="CarryAutoload")
-    def run(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
-        ours = autoload_module()
-        present = list(mod.attrs.get("external_mods", [])) if mod.attrs else []
-        if any(module.same_as(ours) for module in present):
-            return mod
-        return mod.with_attr("external_mods", [*present, ours])
-
-    return run
 
 
 def _after_ours(fuse_transpose_matmul: Callable[[], Any]) -> Callable[[], Any]:

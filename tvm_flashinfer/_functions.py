@@ -1,0 +1,42 @@
+"""The packed functions of ``libtvm_flashinfer.so`` that a compiled model may call."""
+
+from __future__ import annotations
+
+#: Where the library can't be loaded, these get an explanation in its place (autoload.py).
+FUNCTIONS = (
+    "tvm_flashinfer.batch_attention_append",
+    "tvm_flashinfer.batch_attention_create",
+    "tvm_flashinfer.batch_attention_plan",
+    "tvm_flashinfer.batch_attention_run",
+    "tvm_flashinfer.batch_attention_run_with_lse",
+    "tvm_flashinfer.batch_attention_set_params",
+    "tvm_flashinfer.kv_cache_create",
+    "tvm_flashinfer.kv_cache_create_mla",
+    "tvm_flashinfer.kv_cache_create_rope",
+    "tvm_flashinfer.kv_cache_create_split_rotary",
+    "tvm_flashinfer.kv_cache_with_inline_rope",
+    "tvm_flashinfer.kv_cache_with_layers",
+    "tvm_flashinfer.kv_cache_with_layers_rope",
+    "tvm_flashinfer.kv_cache_with_rotating_kernel",
+    "tvm_flashinfer.kv_cache_with_sliding_layers",
+    "tvm_flashinfer.kv_cache_with_variant",
+    "tvm_flashinfer.kv_cache_append_mla_kv",
+    "tvm_flashinfer.kv_cache_attention",
+    "tvm_flashinfer.kv_cache_attention_bhsd",
+    "tvm_flashinfer.kv_cache_attention_views",
+    "tvm_flashinfer.kv_cache_attention_with_fused_qkv",
+    "tvm_flashinfer.kv_cache_attention_with_mask",
+    "tvm_flashinfer.kv_cache_attention_with_shared_kv",
+    "tvm_flashinfer.kv_cache_cross_attention",
+    "tvm_flashinfer.kv_cache_merge_attn_output_inplace",
+    "tvm_flashinfer.kv_cache_query_positions",
+    "tvm_flashinfer.kv_cache_self_attention",
+    "tvm_flashinfer.graph_attention",
+    "tvm_flashinfer.graph_copy",
+    "tvm_flashinfer.graph_key",
+    "tvm_flashinfer.linear",
+    "tvm_flashinfer.linear_kn",
+    "tvm_flashinfer.linear_cuda",
+    "tvm_flashinfer.linear_cuda_kn",
+    "tvm_flashinfer.merge_states",
+)
