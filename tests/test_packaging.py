@@ -214,7 +214,9 @@ def test_wheel_is_complete_and_works_where_it_is_unpacked(tmp_path: Path) -> Non
 
 def test_passes_under_an_older_tvm_are_a_sentence() -> None:
     """TVM 0.26 has no GenericConst."""
-    result = run_python("import tvm.ir; del tvm.ir.GenericConst; import relax_passes.inject")
+    result = run_python(
+        "import tvm.ir; vars(tvm.ir).pop('GenericConst', None); import relax_passes.inject"
+    )
     assert "relax_passes, which compile models, need TVM 0.27 or later" in result.stderr
 
 
@@ -238,8 +240,8 @@ SHAPE = (2, 40, 4, 32)
 @pytest.fixture(scope="module")
 def exported_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Attention of ``q @ w``, k and v, compiled by our passes in one's own pipeline."""
+    inject = pytest.importorskip("relax_passes.inject", exc_type=ImportError)
     from relax_passes.dispatch_linear import DispatchLinear
-    from relax_passes.inject import InjectAttention
     from relax_passes.targets import resolve_target
 
     builder = relax.BlockBuilder()
@@ -252,7 +254,7 @@ def exported_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             out = builder.emit_output(attention)
         builder.emit_func_output(out)
     target = resolve_target("native")
-    passes = [InjectAttention(target=target, strict=True), DispatchLinear(target)]
+    passes = [inject.InjectAttention(target=target, strict=True), DispatchLinear(target)]
     mod = tvm.transform.Sequential(passes)(builder.get())
     library = tmp_path_factory.mktemp("exported") / "model.so"
     tvm.compile(mod, target=target).export_library(str(library))

@@ -142,7 +142,8 @@ def test_not_on_a_cpu(quantization: str) -> None:
 @pytest.mark.parametrize(("family", "quantization"), FOR_CUDA)
 def test_device_code(family: str, quantization: str, tmp_path: Path) -> None:
     library = for_cuda(family, quantization, tmp_path)
-    assert calls(library, "kv_cache_create_rope")
+    kind = "mla" if family == "deepseek_v2" else "rope"
+    assert calls(library, f"kv_cache_create_{kind}")
     if quantization.startswith("q0"):
         assert calls(library, "linear_cuda")
 
