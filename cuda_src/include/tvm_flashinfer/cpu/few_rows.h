@@ -71,6 +71,8 @@ class FewRows {
   static constexpr int kLinesQK = KVRows<TKV>::template kLines<kDimQK>;
   static constexpr int kLinesVO = KVRows<TKV>::template kLines<kDimVO>;
 
+  using Ahead = RowPrefetch<TKV, std::max(kLinesQK, kLinesVO)>;
+
   struct Head {
     float* q;                    //!< scaled; as they are, and bfloat16, if kPairKeys
     float* o;                    //!< not normalised; where an element is: OutputAt
@@ -120,19 +122,21 @@ class FewRows {
       if constexpr (kKeys || kValues) k_rows_.Slots(begin, block.count, slots);
       // Heads ahead of the last one are the first of what comes next: these values, the next keys.
       const auto keys_of = [&](const Block& of, int32_t h) {
-        return RowPrefetch<TKV>(of.k, of.count, h * p_.k_strides.head, kLinesQK);
+        return Ahead{of.k, h * p_.k_strides.head};
       };
       const auto values_of = [&](const Block& of, int32_t h) {
-        return RowPrefetch<TKV>(of.v, of.count, h * p_.v_strides.head, kLinesVO);
+        return Ahead{of.v, h * p_.v_strides.head};
       };
+      const Block& after = next->count > 0 ? *next : block;
       const int32_t ahead_by = std::min(kAhead, heads_);
       for (int32_t h = 0; h < heads_; ++h) {
         const Head head = HeadAt(h);
         const int32_t later = h + ahead_by;
-        auto ahead = later < heads_ ? keys_of(block, later) : values_of(block, later - heads_);
+        const auto ahead =
+            later < heads_ ? keys_of(block, later) : values_of(block, later - heads_);
         const Key* keys[kBlockKV];
         if constexpr (kKeys) {
-          ahead.Advance(kBlockKV * kLinesQK);
+          for (int i = 0; i < kBlockKV * kLinesQK; ++i) ahead.Line(i);
           TransformRows<kDimQK>(
               block.k, h * p_.k_strides.head, block.count, range.kv_lo, h, slots,
               [this](const auto& x, const auto& at) {
@@ -143,16 +147,19 @@ class FewRows {
           for (int n = 0; n < kBlockKV; ++n) keys[n] = block.k[n] + h * p_.k_strides.head;
         }
         for (int pack = 0; pack < kPacks; ++pack) {
-          Store(head.s + pack * kLanes, Scores(head, keys + pack * kPackTokens, &ahead));
+          const int first = pack * kPackTokens;
+          Store(head.s + pack * kLanes, Scores(head, keys + first, ahead.From(first)));
         }
         Transform(head, h, range.kv_lo, block.count, tile == TileClass::kMixed);
         Softmax(head);
       }
       for (int32_t h = 0; h < heads_; ++h) {
         const int32_t later = h + ahead_by;
-        auto ahead = later < heads_ ? values_of(block, later) : keys_of(*next, later - heads_);
+        const auto ahead =
+            later < heads_ ? values_of(block, later) : keys_of(after, later - heads_);
         const Value* values[kBlockKV];
         if constexpr (kValues) {
+          for (int i = 0; i < kBlockKV * kLinesVO; ++i) ahead.Line(i);
           TransformRows<kDimVO>(
               block.v, h * p_.v_strides.head, block.count, range.kv_lo, h, slots,
               [this](const auto& x, const auto& at) {
@@ -162,7 +169,7 @@ class FewRows {
         } else {
           for (int n = 0; n < kBlockKV; ++n) values[n] = block.v[n] + h * p_.v_strides.head;
         }
-        Accumulate(HeadAt(h), values, block.count, &ahead);
+        Accumulate(HeadAt(h), values, block.count, ahead);
       }
     }
     WriteStates();
@@ -234,18 +241,22 @@ class FewRows {
   }
 
   /*! A pack of logits: Q[row] . K[token], scaled. */
-  VFloat Scores(const Head& head, const Key* const* k, RowPrefetch<TKV>* ahead) const {
+  VFloat Scores(const Head& head, const Key* const* k, const Ahead& ahead) const {
     VFloat acc[kLanes] = {};
     if constexpr (kPairKeys) {
       const auto* q = reinterpret_cast<const TQ*>(head.q);
 #pragma GCC unroll 2
       for (int d = 0; d < kDimQK; d += kPairLanes) {
-        ahead->Advance(kPackTokens);
+        VInt key[kPackTokens];
         for (int t = 0; t < kPackTokens; ++t) {
-          const auto key = LoadPairs(k[t] + d);
-          for (int r = 0; r < kRows; ++r) {
+          ahead.Line(d / kLine * kPackTokens + t);
+          key[t] = LoadPairs(k[t] + d);
+        }
+        for (int r = 0; r < kRows; ++r) {
+          const VInt query = LoadPairs(q + r * kDimQK + d);
+          for (int t = 0; t < kPackTokens; ++t) {
             VFloat& sum = acc[r * kPackTokens + t];
-            sum = Dot(sum, key, LoadPairs(q + r * kDimQK + d));
+            sum = Dot(sum, key[t], query);
           }
         }
       }
@@ -253,9 +264,11 @@ class FewRows {
     } else {
 #pragma GCC unroll 2
       for (int d = 0; d < kPaddedQK; d += kLanes) {
-        if (!kKeys && d % kLine == 0) ahead->Advance(kPackTokens);
         VFloat key[kPackTokens];
-        for (int t = 0; t < kPackTokens; ++t) key[t] = LoadRow<kDimQK>(k[t], d);
+        for (int t = 0; t < kPackTokens; ++t) {
+          if (!kKeys && d % kLine == 0) ahead.Line(d / kLine * kPackTokens + t);
+          key[t] = LoadRow<kDimQK>(k[t], d);
+        }
         for (int r = 0; r < kRows; ++r) {
           const VFloat query = Load(head.q + r * kPaddedQK + d);
           for (int t = 0; t < kPackTokens; ++t) acc[r * kPackTokens + t] += key[t] * query;
@@ -325,7 +338,7 @@ class FewRows {
 
   /*! O[row] = O[row] * rescale + P[row] V, a few vectors of the head at a time. */
   static void Accumulate(const Head& head, const Value* const* v, int32_t count,
-                         RowPrefetch<TKV>* ahead) {
+                         const Ahead& ahead) {
     //! Accumulators that leave registers for operands.
     constexpr int kAccumulators = kRegisters == 32 ? 16 : 8;
     constexpr int kFit = kAccumulators / kRows >= 8   ? 8
@@ -344,8 +357,9 @@ class FewRows {
 
   template <int kWidth>
   static void AccumulateVectors(const Head& head, const Value* const* v, int32_t count, int d,
-                                RowPrefetch<TKV>* ahead) {
-    constexpr int kLines = (kWidth * kLanes + kLine - 1) / kLine;
+                                const Ahead& ahead) {
+    constexpr int kLines = (kWidth * kLanes + kLine - 1) / kLine;  // of a token here
+    const int line = d / kLine * kBlockKV;
     VFloat acc[kRows][kWidth];
     for (int r = 0; r < kRows; ++r) {
       const VFloat rescale = Broadcast(head.rescale[r * kPackTokens]);
@@ -357,8 +371,9 @@ class FewRows {
       const auto* weights = reinterpret_cast<const TKV*>(head.s);
       for (int32_t n = 0; n < count; n += kPackTokens, weights += kLanes) {
         for (int t = 0; t < kPackTokens; t += 2) {
-          ahead->Advance(2 * kLines);
           for (int j = 0; j < kWidth; j += 2) {
+            ahead.Line(line + (n + t) * kLines + j);
+            ahead.Line(line + (n + t) * kLines + j + 1);
             const auto first = LoadPairs(v[n + t] + d + j * kLanes);
             const auto second = LoadPairs(v[n + t + 1] + d + j * kLanes);
             const auto low = InterleaveLow(first, second), high = InterleaveHigh(first, second);
@@ -375,9 +390,13 @@ class FewRows {
       const float* s = head.s;
       for (int32_t n = 0; n < count; n += kPackTokens, s += kLanes) {
         for (int t = 0; t < kPackTokens; ++t) {
-          if (!kValues && d % kLine == 0) ahead->Advance(kLines);
           VFloat value[kWidth];
-          for (int j = 0; j < kWidth; ++j) value[j] = LoadRow<kDimVO>(v[n + t], d + j * kLanes);
+          for (int j = 0; j < kWidth; ++j) {
+            if (!kValues && j * kLanes % kLine == 0) {
+              ahead.Line(line + (n + t) * kLines + j * kLanes / kLine);
+            }
+            value[j] = LoadRow<kDimVO>(v[n + t], d + j * kLanes);
+          }
           for (int r = 0; r < kRows; ++r) {
             const VFloat weight = Broadcast(s[r * kPackTokens + t]);
             for (int j = 0; j < kWidth; ++j) acc[r][j] += weight * value[j];

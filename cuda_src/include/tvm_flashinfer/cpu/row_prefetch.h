@@ -4,7 +4,6 @@
 #ifndef TVM_FLASHINFER_CPU_ROW_PREFETCH_H_
 #define TVM_FLASHINFER_CPU_ROW_PREFETCH_H_
 
-#include <algorithm>
 #include <cstdint>
 
 #include "simd.h"
@@ -13,41 +12,24 @@ namespace tvm_flashinfer {
 namespace cpu {
 
 /*!
- * \brief Prefetches rows of one head, line after line.
+ * \brief Prefetches rows of one head in the order of their addresses, a line whenever a line of the
+ * rows before them is loaded.
  *
- * A few lines at a time: a core has some twenty buffers for lines on their way, and loads that find
- * them all taken by prefetches wait.
+ * A core has some twenty buffers for lines on their way, and loads that find them all taken by
+ * prefetches wait; in order, the hardware's own prefetchers see a stream and take part.
+ * \tparam kLines Cache lines of a row.
  */
-template <typename T>
-class RowPrefetch {
- public:
-  /*!
-   * \param rows [count] pointers to rows; \param offset Elements from there to what is prefetched.
-   * \param lines Cache lines of a row.
-   */
-  RowPrefetch(const T* const* rows, int32_t count, int64_t offset, int lines)
-      : rows_(rows),
-        end_(rows + count),
-        bytes_(offset * static_cast<int64_t>(sizeof(T))),
-        row_bytes_(lines * 64),
-        line_(bytes_) {}
+template <typename T, int kLines>
+struct RowPrefetch {
+  const T* const* rows;  //!< of the first head
+  int64_t offset;        //!< elements from there to this one
 
-  /*! Prefetch the next `lines` of them. */
-  void Advance(int lines) {
-    for (int i = 0; i < lines && rows_ < end_; ++i) {
-      Prefetch(reinterpret_cast<const char*>(*rows_) + line_);
-      line_ += 64;
-      if (line_ - bytes_ == row_bytes_) {
-        line_ = bytes_;
-        ++rows_;
-      }
-    }
+  /*! The rows from `row` on. */
+  RowPrefetch From(int row) const { return {rows + row, offset}; }
+  /*! The i-th line of the rows. */
+  void Line(int i) const {
+    Prefetch(reinterpret_cast<const char*>(rows[i / kLines] + offset) + i % kLines * 64);
   }
-
- private:
-  const T* const* rows_;
-  const T* const* end_;
-  int64_t bytes_, row_bytes_, line_;
 };
 
 }  // namespace cpu
