@@ -39,6 +39,7 @@ class Scheduler {
    */
   void Plan(const ScheduleInput& in, int32_t* buffer) {
     MakeTiles(in);
+    in_order_ = false;
     if (in.fixed_chunk > 0) {
       CutTiles(in, 0, in.fixed_chunk);
       ForHeadsTogether(in, [&] {
@@ -177,6 +178,28 @@ class Scheduler {
     return any;
   }
 
+  struct Cut {
+    int64_t chunk;  // tokens
+    int32_t num_chunks;
+  };
+  /*! The chunks of a tile, by CutTiles' rule. */
+  static Cut CutOf(const ScheduleInput& in, const Tile& t, int64_t bound, int32_t fixed) {
+    const int32_t len = t.kv_end - t.kv_begin;
+    // Rounded up: the chunks of all tiles then fit the cuts that PlanLayout counts on.
+    const int64_t token = t.weight * t.heads;
+    const int64_t share = (bound + token - 1) / token;
+    int64_t chunk =
+        AlignUp(fixed > 0 ? fixed : std::max<int64_t>(in.min_chunk, share), in.kv_align);
+    auto num_chunks = static_cast<int32_t>((len + chunk - 1) / chunk);
+    if (fixed == 0 && num_chunks > 1) {  // even chunks balance better than one short tail
+      chunk = AlignUp((len + num_chunks - 1) / num_chunks, in.kv_align);
+      num_chunks = static_cast<int32_t>((len + chunk - 1) / chunk);
+    }
+    // The last level covers every query token: there an empty tile still writes (0, -inf).
+    if (num_chunks == 0 && t.level == in.num_levels - 1) num_chunks = 1;
+    return {chunk, num_chunks};
+  }
+
   /*!
    * Cut every tile into equal chunks of at most `fixed` tokens or, if that is 0, of cost at most
    * `bound`, their heads taken together; costs of the chunks go to chunks_.
@@ -187,21 +210,9 @@ class Scheduler {
     int64_t need = 0;
     for (int64_t i = 0; i < num_tiles_; ++i) {
       Tile& t = tiles_[i];
-      const int32_t len = t.kv_end - t.kv_begin;
-      // Rounded up: the chunks of all tiles then fit the cuts that PlanLayout counts on.
-      const int64_t token = t.weight * t.heads;
-      const int64_t share = (bound + token - 1) / token;
-      int64_t chunk = fixed > 0 ? fixed : std::max<int64_t>(in.min_chunk, share);
-      chunk = (chunk + in.kv_align - 1) / in.kv_align * in.kv_align;
-      t.num_chunks = static_cast<int32_t>((len + chunk - 1) / chunk);
-      if (fixed == 0 && t.num_chunks > 1) {  // even chunks balance better than one short tail
-        const int64_t even = (len + t.num_chunks - 1) / t.num_chunks;
-        chunk = (even + in.kv_align - 1) / in.kv_align * in.kv_align;
-        t.num_chunks = static_cast<int32_t>((len + chunk - 1) / chunk);
-      }
-      t.chunk = static_cast<int32_t>(std::min<int64_t>(chunk, INT32_MAX));
-      // The last level covers every query token: there an empty tile still writes (0, -inf).
-      if (t.num_chunks == 0 && t.level == in.num_levels - 1) t.num_chunks = 1;
+      const Cut cut = CutOf(in, t, bound, fixed);
+      t.chunk = static_cast<int32_t>(std::min<int64_t>(cut.chunk, INT32_MAX));
+      t.num_chunks = cut.num_chunks;
       need += t.num_chunks;
       Require(PlanSection::kItems, need * bounds_.num_kv_heads, layout_.max_items);
       for (int32_t c = 0; c < t.num_chunks; ++c) {
@@ -248,15 +259,17 @@ class Scheduler {
     total *= bounds_.num_kv_heads;
     const bool own_queues = !in.shared_queue && bounds_.num_workers >= bounds_.num_kv_heads;
     const int64_t in_order = own_queues ? FillInOrder(in) : INT64_MAX;
-    if (own_queues && has_tail_) return;
+    if (own_queues && has_tail_) return QueueInOrder();
     ForHeadsTogether(in, [&] {
       for (int32_t splits = 1;; splits *= 2) {
         const int64_t shares = int64_t{bounds_.num_workers} * std::min(splits, bounds_.max_splits);
-        CutTiles(in, (total + shares - 1) / shares, 0);
-        if (in_order <= LeastWorst(1.02)) {
-          FillInOrder(in);
+        const int64_t bound = (total + shares - 1) / shares;
+        if (own_queues && in_order <= LeastWorst(in, bound, 1.02)) {
+          if (splits > 1) FillInOrder(in);
+          QueueInOrder();
           return true;
         }
+        CutTiles(in, bound, 0);
         SortAndAssign(!in.shared_queue);
         // The last section may be too small to even out what the others left.
         if (imbalance_ > 1.02 && num_chunks_ > 0 && tiles_[num_tiles_ - 1].section > 0) {
@@ -265,6 +278,7 @@ class Scheduler {
         if (imbalance_ <= 1.02) return true;
         if (in_order <= worst_) {
           FillInOrder(in);
+          QueueInOrder();
           return true;
         }
         if (imbalance_ <= 1.05) return true;
@@ -369,15 +383,23 @@ class Scheduler {
     imbalance_ = total == 0 || has_tail_ ? 1.0
                                          : static_cast<double>(worst_) * bounds_.num_workers /
                                                static_cast<double>(total * heads);
-    has_tail_ ? SortChunks(false) : SortWithinQueues();
+    return worst_;
+  }
+
+  /*! Queue what FillInOrder cut, for the workers that it gave it to. */
+  void QueueInOrder() {
+    CountPartials();
+    in_order_ = !has_tail_;
+    if (in_order_) return SortWithinQueues();
+    SortChunks(false);
+    const int32_t heads = bounds_.num_kv_heads;
     for (int64_t i = 0; i < num_chunks_; ++i) {
       const int32_t owner = chunks_[keys_[i].chunk].worker;
       for (int32_t h = 0; h < heads; ++h) {
-        owner_[i * heads + h] = owner == kSharedTail ? bounds_.num_workers : h * per_head + owner;
+        owner_[i * heads + h] =
+            owner == kSharedTail ? bounds_.num_workers : h * (bounds_.num_workers / heads) + owner;
       }
     }
-    CountPartials();
-    return worst_;
   }
 
   /*!
@@ -386,13 +408,10 @@ class Scheduler {
    * \return Whether there is a tail.
    */
   bool MarkTails(const ScheduleInput& in, int32_t workers) {
-    int64_t tokens = 0;
-    for (int64_t i = 0; i < num_tiles_; ++i) {
-      tiles_[i].num_tail = 0;
-      tiles_[i].chunk = 0;
-      tokens += tiles_[i].kv_end - tiles_[i].kv_begin;
-    }
+    for (int64_t i = 0; i < num_tiles_; ++i) tiles_[i].num_tail = 0;
     if (in.shared_tail <= 0) return false;
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < num_tiles_; ++i) tokens += tiles_[i].kv_end - tiles_[i].kv_begin;
     // Small beside what a worker does in all, or they would not even anything out; and long enough
     // for that to be worth their states.
     if (tokens / workers / kTailChunksPerWorker < 2 * in.min_chunk) return false;
@@ -446,21 +465,41 @@ class Scheduler {
   }
 
   /*!
-   * A bound below the highest worker cost that SortAndAssign could reach, without sorting: some
-   * worker gets as many chunks as an even deal gives. 0 where that might be within `tolerance`.
+   * A bound below the highest worker cost that SortAndAssign could reach after CutTiles, without
+   * either: some worker gets as many chunks as an even deal gives. 0 where that might be within
+   * `tolerance`.
    */
-  int64_t LeastWorst(double tolerance) const {
-    int64_t least = INT64_MAX, sum = 0;
-    for (int64_t i = 0; i < num_chunks_; ++i) {
-      least = std::min(least, chunks_[i].cost);
-      sum += chunks_[i].cost;
+  int64_t LeastWorst(const ScheduleInput& in, int64_t bound, double tolerance) const {
+    int64_t chunks = 0, least = INT64_MAX, sum = 0;
+    for (int64_t i = 0; i < num_tiles_; ++i) {
+      const Tile& t = tiles_[i];
+      const Cut cut = CutOf(in, t, bound, 0);
+      if (cut.num_chunks == 0) continue;
+      chunks += cut.num_chunks;
+      const int64_t len = t.kv_end - t.kv_begin;
+      const int64_t last = len - (cut.num_chunks - 1) * cut.chunk;  // the shortest
+      least = std::min(least, (last + in.item_overhead) * t.weight);
+      sum += (len + int64_t{cut.num_chunks} * in.item_overhead) * t.weight;
     }
-    if (num_chunks_ == 0) return 0;
+    if (chunks == 0) return 0;
     const int64_t workers = bounds_.num_workers, heads = bounds_.num_kv_heads;
-    const int64_t worst = (num_chunks_ * heads + workers - 1) / workers * least;
+    const int64_t worst = (chunks * heads + workers - 1) / workers * least;
     return static_cast<double>(worst * workers) > tolerance * static_cast<double>(sum * heads)
                ? worst
                : 0;
+  }
+
+  /*! Put `load` in the place of the heap's top, which it is no cheaper than. */
+  void ReplaceCheapest(const Load& load) {
+    const size_t n = heap_.size();
+    size_t hole = 0;
+    for (size_t child = 1; child < n; child = 2 * hole + 1) {
+      if (child + 1 < n && heap_[child] < heap_[child + 1]) ++child;
+      if (!(load < heap_[child])) break;
+      heap_[hole] = heap_[child];
+      hole = child;
+    }
+    heap_[hole] = load;
   }
 
   void SortAndAssign(bool sections) {
@@ -473,13 +512,12 @@ class Scheduler {
       const Chunk& chunk = chunks_[keys_[i].chunk];
       const int32_t together = tiles_[chunk.tile].heads;
       for (int32_t h = 0; h < heads; h += together) {
-        std::pop_heap(heap_.begin(), heap_.end());
-        Load& load = heap_.back();
         const int32_t end = std::min(heads, h + together);
+        Load load = heap_[0];
         load.cost += chunk.cost * (end - h);
         std::fill(&owner_[i * heads + h], &owner_[i * heads] + end, load.worker);
         worst_ = std::max(worst_, load.cost);
-        std::push_heap(heap_.begin(), heap_.end());
+        ReplaceCheapest(load);
       }
       sum += chunk.cost * heads;
     }
@@ -489,11 +527,10 @@ class Scheduler {
   void Emit(const ScheduleInput& in, int32_t* buffer) {
     auto section = [&](PlanSection s) { return buffer + layout_.Offset(s); };
     const int32_t num_tokens = in.qo_indptr[in.num_requests];
-    const int32_t heads = bounds_.num_kv_heads;
 
     auto* header = reinterpret_cast<PlanHeader*>(section(PlanSection::kHeader));
     std::memset(header, 0, sizeof(PlanHeader));
-    header->num_items = static_cast<int32_t>(num_chunks_ * heads);
+    header->num_items = static_cast<int32_t>(num_chunks_ * bounds_.num_kv_heads);
     header->num_workers = in.shared_queue ? 1 : bounds_.num_workers;
     header->num_q_tokens = num_tokens;
     header->num_requests = in.num_requests;
@@ -509,8 +546,33 @@ class Scheduler {
                   section(PlanSection::kKVIndices));
     EmitMerge(num_tokens, section(PlanSection::kMergeIndptr), section(PlanSection::kMergeRows));
 
-    // Counting sort by worker keeps the descending order within each queue.
     int32_t* indptr = section(PlanSection::kWorkerIndptr);
+    auto* items = reinterpret_cast<WorkItem*>(section(PlanSection::kItems));
+    in_order_ ? EmitInOrder(indptr, items) : EmitByOwner(in, indptr, items);
+  }
+
+  /*! The workers of a head take what stands in keys_, one after another: so does every head. */
+  void EmitInOrder(int32_t* indptr, WorkItem* items) const {
+    const int32_t heads = bounds_.num_kv_heads;
+    const int32_t per_head = bounds_.num_workers / heads;
+    indptr[0] = 0;
+    for (int64_t w = 0, i = 0; w < per_head; ++w) {
+      while (i < num_chunks_ && chunks_[i].worker == w) ++i;
+      for (int32_t h = 0; h < heads; ++h) {
+        indptr[h * per_head + w + 1] = static_cast<int32_t>(h * num_chunks_ + i);
+      }
+    }
+    std::fill(indptr + heads * per_head + 1, indptr + bounds_.num_workers + 1,
+              static_cast<int32_t>(heads * num_chunks_));
+    for (int64_t i = 0; i < num_chunks_; ++i) {
+      const Chunk& c = chunks_[keys_[i].chunk];
+      for (int32_t h = 0; h < heads; ++h) items[h * num_chunks_ + i] = ItemOf(c, h);
+    }
+  }
+
+  /*! Counting sort by owner_ keeps the descending order within each queue. */
+  void EmitByOwner(const ScheduleInput& in, int32_t* indptr, WorkItem* items) {
+    const int32_t heads = bounds_.num_kv_heads;
     std::fill_n(indptr, bounds_.num_workers + 1, 0);
     const int64_t num_items = num_chunks_ * heads;
     if (in.shared_queue) std::fill_n(owner_.begin(), num_items, 0);
@@ -518,19 +580,21 @@ class Scheduler {
       if (owner_[i] < bounds_.num_workers) ++indptr[owner_[i] + 1];
     }
     for (int32_t w = 0; w < bounds_.num_workers; ++w) indptr[w + 1] += indptr[w];
-    auto* items = reinterpret_cast<WorkItem*>(section(PlanSection::kItems));
     int32_t tail = indptr[bounds_.num_workers];
     for (int64_t i = 0; i < num_chunks_; ++i) {
       const Chunk& c = chunks_[keys_[i].chunk];
-      const Tile& t = tiles_[c.tile];
       for (int32_t h = 0; h < heads; ++h) {
         const int32_t owner = owner_[i * heads + h];
-        items[owner < bounds_.num_workers ? indptr[owner]++ : tail++] = {
-            t.row, t.q_begin, t.q_count, c.kv_begin, c.kv_count, h, c.partial, t.level};
+        items[owner < bounds_.num_workers ? indptr[owner]++ : tail++] = ItemOf(c, h);
       }
     }
     for (int32_t w = bounds_.num_workers; w > 0; --w) indptr[w] = indptr[w - 1];
     indptr[0] = 0;
+  }
+
+  WorkItem ItemOf(const Chunk& c, int32_t head) const {
+    const Tile& t = tiles_[c.tile];
+    return {t.row, t.q_begin, t.q_count, c.kv_begin, c.kv_count, head, c.partial, t.level};
   }
 
   static void EmitRequests(const ScheduleInput& in, int32_t* q_request, int32_t* q_position,
@@ -605,6 +669,7 @@ class Scheduler {
   int64_t worst_ = 0;           //!< highest worker cost
   int32_t heads_together_ = 1;  //!< in tiles of few tokens
   bool has_tail_ = false;
+  bool in_order_ = false;  //!< queues are FillInOrder's, without a tail
   double imbalance_ = 1.0;
 };
 

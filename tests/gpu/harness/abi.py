@@ -278,10 +278,11 @@ class PlanLibrary:
         self.lib.harness_plan_layout(ctypes.byref(bounds), sizes)
         buffer = np.zeros(sizes[0], np.int32)
         scheduler = self.lib.harness_scheduler_create(ctypes.byref(bounds))
+        operands = scheduler, ctypes.byref(schedule), pointer(buffer)
         times = []
         for _ in range(repeats):
             begin = time.perf_counter()
-            error = self.lib.harness_plan(scheduler, ctypes.byref(schedule), pointer(buffer))
+            error = self.lib.harness_plan(*operands)
             times.append((time.perf_counter() - begin) * 1e6)
         imbalance = self.lib.harness_imbalance(scheduler)
         self.lib.harness_scheduler_destroy(scheduler)
