@@ -12,7 +12,9 @@
 #include <vector>
 
 #include "plan.h"
+#include "plan_requests.h"
 #include "schedule_input.h"
+#include "worker_loads.h"
 
 namespace tvm_flashinfer {
 
@@ -20,12 +22,11 @@ namespace tvm_flashinfer {
 class Scheduler {
  public:
   explicit Scheduler(const PlanBounds& bounds)
-      : bounds_(bounds), layout_(PlanLayout::Make(bounds)) {
+      : bounds_(bounds), layout_(PlanLayout::Make(bounds)), loads_(bounds.num_workers) {
     const int64_t chunks = layout_.max_items / bounds.num_kv_heads;
     tiles_.resize(layout_.max_tiles);
     chunks_.resize(chunks);
     keys_.resize(chunks);
-    heap_.resize(bounds.num_workers);
     owner_.resize(layout_.max_items);
     states_.resize(bounds.max_q_tokens + 1);
   }
@@ -79,14 +80,6 @@ class Scheduler {
     bool operator<(const Key& o) const {
       if (section != o.section) return section < o.section;
       return cost != o.cost ? cost > o.cost : chunk < o.chunk;
-    }
-  };
-  struct Load {
-    int64_t cost;
-    int32_t worker;
-    // std heaps keep the greatest on top: order by cheapest, then lowest worker.
-    bool operator<(const Load& o) const {
-      return cost != o.cost ? cost > o.cost : worker > o.worker;
     }
   };
 
@@ -489,23 +482,10 @@ class Scheduler {
                : 0;
   }
 
-  /*! Put `load` in the place of the heap's top, which it is no cheaper than. */
-  void ReplaceCheapest(const Load& load) {
-    const size_t n = heap_.size();
-    size_t hole = 0;
-    for (size_t child = 1; child < n; child = 2 * hole + 1) {
-      if (child + 1 < n && heap_[child] < heap_[child + 1]) ++child;
-      if (!(load < heap_[child])) break;
-      heap_[hole] = heap_[child];
-      hole = child;
-    }
-    heap_[hole] = load;
-  }
-
   void SortAndAssign(bool sections) {
     SortChunks(sections);
     const int32_t heads = bounds_.num_kv_heads;
-    for (int32_t w = 0; w < bounds_.num_workers; ++w) heap_[w] = {0, w};
+    loads_.Clear();
     int64_t sum = 0;
     worst_ = 0;
     for (int64_t i = 0; i < num_chunks_; ++i) {
@@ -513,11 +493,9 @@ class Scheduler {
       const int32_t together = tiles_[chunk.tile].heads;
       for (int32_t h = 0; h < heads; h += together) {
         const int32_t end = std::min(heads, h + together);
-        Load load = heap_[0];
-        load.cost += chunk.cost * (end - h);
+        const auto load = loads_.Give(chunk.cost * (end - h));
         std::fill(&owner_[i * heads + h], &owner_[i * heads] + end, load.worker);
         worst_ = std::max(worst_, load.cost);
-        ReplaceCheapest(load);
       }
       sum += chunk.cost * heads;
     }
@@ -542,8 +520,8 @@ class Scheduler {
     EmitRequests(in, section(PlanSection::kQRequest), section(PlanSection::kQPosition),
                  section(PlanSection::kRequestQIndptr), section(PlanSection::kRequestKVLen));
     header->num_kv_pages =
-        EmitPages(in, section(PlanSection::kKVIndptr), section(PlanSection::kKVPosition),
-                  section(PlanSection::kKVIndices));
+        EmitPages(in, bounds_.max_requests, section(PlanSection::kKVIndptr),
+                  section(PlanSection::kKVPosition), section(PlanSection::kKVIndices));
     EmitMerge(num_tokens, section(PlanSection::kMergeIndptr), section(PlanSection::kMergeRows));
 
     int32_t* indptr = section(PlanSection::kWorkerIndptr);
@@ -597,37 +575,6 @@ class Scheduler {
     return {t.row, t.q_begin, t.q_count, c.kv_begin, c.kv_count, head, c.partial, t.level};
   }
 
-  static void EmitRequests(const ScheduleInput& in, int32_t* q_request, int32_t* q_position,
-                           int32_t* q_indptr, int32_t* kv_len) {
-    for (int32_t r = 0; r < in.num_requests; ++r) {
-      q_indptr[r] = in.qo_indptr[r];
-      kv_len[r] = in.kv_len[r];
-      for (int32_t t = in.qo_indptr[r]; t < in.qo_indptr[r + 1]; ++t) {
-        q_request[t] = in.request_ids != nullptr ? in.request_ids[r] : r;
-        q_position[t] = in.QPosition(r, t);
-      }
-    }
-    q_indptr[in.num_requests] = in.qo_indptr[in.num_requests];
-  }
-
-  int32_t EmitPages(const ScheduleInput& in, int32_t* indptr, int32_t* position,
-                    int32_t* indices) const {
-    int32_t at = 0;
-    for (int32_t l = 0; l < in.num_levels; ++l) {
-      const LayoutLevel& level = in.levels[l];
-      int32_t* level_indptr = indptr + int64_t{l} * (bounds_.max_requests + 1);
-      int32_t* level_position = position + int64_t{l} * bounds_.max_requests;
-      for (int32_t r = 0; r <= level.num_rows; ++r) level_indptr[r] = at + level.kv_indptr[r];
-      for (int32_t r = 0; r < level.num_rows; ++r) {
-        level_position[r] = level.kv_position == nullptr ? 0 : level.kv_position[r];
-      }
-      const int32_t pages = level.kv_indptr[level.num_rows];
-      std::copy_n(level.kv_indices, pages, indices + at);
-      at += pages;
-    }
-    return at;
-  }
-
   /*! Number the partial rows tile by tile, and list for each token the rows it merges, in order. */
   void EmitMerge(int32_t num_tokens, int32_t* indptr, int32_t* rows) {
     indptr[0] = 0;
@@ -660,7 +607,7 @@ class Scheduler {
   std::vector<Tile> tiles_;
   std::vector<Chunk> chunks_;
   std::vector<Key> keys_;
-  std::vector<Load> heap_;
+  WorkerLoads loads_;
   std::vector<int32_t> owner_;
   std::vector<int32_t> states_;
   int64_t num_tiles_ = 0;
