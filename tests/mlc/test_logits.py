@@ -133,3 +133,23 @@ def test_latent_attention_expanded_and_absorbed_agree() -> None:
         whole.add(200 + seq_id)
         expected = whole.prefill({200 + seq_id: [*prompts[seq_id], token]})
         compare([steps.decode({seq_id: token})], [expected])
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(300)
+def test_latent_attention_of_a_real_width() -> None:
+    """Heads and latents as DeepSeek-V2 has them, in float16, of which TVM's schedule for products
+    by a matrix of each head took more minutes than anyone waits for."""
+    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128}
+    sizes |= {"hidden_size": 256, "v_head_dim": 128}
+    library = compile_model("deepseek_v2", "q0f16", overrides=tuple(sizes.items()))
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 30).tolist()
+    whole, steps = Engine(library), Engine(library)
+    whole.add(0)
+    steps.add(0)
+    steps.prefill({0: tokens[:10]})
+    for token in tokens[10:]:
+        absorbed = steps.decode({0: token})
+    expanded = whole.prefill({0: tokens})
+    apart = np.sqrt(np.mean((absorbed - expanded) ** 2)) / expanded.std()
+    assert apart < 1.5e-2, apart  # as test_quantizations.py has it for float16

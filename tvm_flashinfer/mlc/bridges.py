@@ -272,6 +272,12 @@ def _narrow_floats() -> None:
     from mlc_llm.compiler_pass import pipeline
     from tvm import tirx
 
+    def too_narrow(buffers: list[Any]) -> bool:
+        dtypes = [str(buffer.dtype) for buffer in buffers]
+        # Of float16 they are what multiplies by a matrix of each head, as DeepSeek's decoding.
+        by_head = set(dtypes) == {"float16"} and all(len(buffer.shape) == 3 for buffer in buffers)
+        return by_head or any(dtype.startswith(("bfloat", "float8")) for dtype in dtypes)
+
     @tvm.transform.module_pass(opt_level=0, name="LeaveNarrowFloats")
     def leave(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         if tvm.target.Target.current().kind.name != "llvm":
@@ -279,7 +285,7 @@ def _narrow_floats() -> None:
         for gvar, func in mod.functions_items():
             if isinstance(func, tirx.PrimFunc):
                 buffers = [param for param in func.params if tirx.is_buffer_var(param)]
-                if any(str(buffer.dtype).startswith(("bfloat", "float8")) for buffer in buffers):
+                if too_narrow(buffers):
                     mod[gvar] = func.with_attr("tirx.is_scheduled", True)
         return mod
 
@@ -398,7 +404,7 @@ LATE_BRIDGES = (
     ),
     Bridge(
         "dlight.cpu.GEMV",
-        "TVM 0.27 fails at vectors of bfloat16 and takes minutes at those of float8",
+        "TVM 0.27 fails at vectors of bfloat16; some of float16 and float8 take it minutes",
         lambda: _is_tvm("0.27"),
         _narrow_floats,
     ),
