@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import tvm
 from tvm import relax
 
 transform = relax.transform
 
 
-def fuse_passes() -> list[tvm.transform.Pass]:
-    """From operators to fused TIR functions, which are still to be scheduled."""
+def fuse_passes(legalize: dict[str, Any] | None = None) -> list[tvm.transform.Pass]:
+    """From operators to fused TIR functions, which are still to be scheduled.
+
+    ``legalize``: how operators are lowered by name, instead of TVM's own way.
+    """
     return [
-        transform.LegalizeOps(),
+        transform.LegalizeOps(legalize),
         transform.AnnotateTIROpPattern(),
         transform.FoldConstant(),
         transform.FuseOps(),

@@ -283,6 +283,7 @@ def lower_pipeline(
     from relax_passes.dispatch_linear import DispatchLinear
     from relax_passes.fold_layout import FoldLayout
     from relax_passes.fuse_norm import FuseRMSNorm
+    from relax_passes.legalize_cpu import LEGALIZE_CPU
     from relax_passes.lowering import fuse_passes, memory_passes, vm_passes
     from relax_passes.schedule_cpu import ScheduleElementwise
 
@@ -293,7 +294,7 @@ def lower_pipeline(
             FuseRMSNorm(),
             FoldLayout(),
             relax.backend.DispatchSortScan(),  # of experts' routers
-            *fuse_passes(),
+            *fuse_passes(LEGALIZE_CPU),
             ScheduleElementwise(),
             *memory_passes(),
             *vm_passes(),

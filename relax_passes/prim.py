@@ -39,6 +39,22 @@ def parts(expr: Any) -> Iterator[Any]:
             stack += [node.condition, node.true_value, node.false_value]
 
 
+_FIELDS = ("a", "b", "value", "body", "condition", "true_value", "false_value")
+
+
+def subexpressions(expr: Any) -> Iterator[Any]:
+    """``expr`` and all that is below it, calls, loads and Let included."""
+    stack = [expr]
+    while stack:
+        node = stack.pop()
+        yield node
+        if isinstance(node, tirx.IntImm | tirx.FloatImm | tvm.ir.Var):
+            continue
+        stack += [getattr(node, name) for name in _FIELDS if hasattr(node, name)]
+        for name in ("args", "indices"):
+            stack += list(getattr(node, name, ()))
+
+
 def rebuild(expr: Any, leaf: Callable[[Any], Any]) -> Any:
     """``expr`` with every variable and number replaced by what ``leaf`` makes of it.
 

@@ -7,11 +7,16 @@ from typing import Any
 
 import tvm
 from tvm import relax, s_tir, tirx
+from tvm.ir.expr import TensorLoad
+
+from relax_passes.prim import subexpressions
 
 #: Elements from which a kernel is worth waking the other threads for: on a busy machine that costs
 #: up to a time slice, as much as going over a few hundred thousand elements alone.
 PARALLEL_ELEMENTS = 1 << 19
 VECTOR_LANES = 16
+#: Attribute of a kernel whose only loop goes over rows and is scheduled inside.
+ROWS = "tvm_flashinfer.rows"
 
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleElementwise")
@@ -23,6 +28,7 @@ class ScheduleElementwise:
     last, its last axis is vectorised, and its other axes run in parallel if some call of it, by the
     upper bounds of the caller (``tir_var_upper_bound``), is big enough to pay for that.
 
+    A kernel with the attribute ``tvm_flashinfer.rows`` only has its rows shared among threads.
     Functions with reductions, or with the attribute ``tirx.is_scheduled``, are left alone.
     """
 
@@ -32,7 +38,8 @@ class ScheduleElementwise:
         for gvar, func in mod.functions_items():
             if not isinstance(func, tirx.PrimFunc) or _is_scheduled(func):
                 continue
-            body = _schedule(func, sizes.get(gvar.name_hint, 0.0) >= PARALLEL_ELEMENTS)
+            parallel = sizes.get(gvar.name_hint, 0.0) >= PARALLEL_ELEMENTS
+            body = _schedule_rows(func, parallel) if _has_rows(func) else _schedule(func, parallel)
             if body is not None:
                 updated[gvar] = body.with_attr("tirx.is_scheduled", True)
         if updated:
@@ -46,6 +53,19 @@ def _is_scheduled(func: tirx.PrimFunc) -> bool:
     return func.attrs is not None and "tirx.is_scheduled" in func.attrs
 
 
+def _has_rows(func: tirx.PrimFunc) -> bool:
+    return func.attrs is not None and ROWS in func.attrs
+
+
+def _schedule_rows(func: tirx.PrimFunc, parallel: bool) -> tirx.PrimFunc:
+    if not parallel:
+        return func
+    schedule = s_tir.Schedule(func)
+    (rows,) = schedule.get_loops(schedule.get_sblock("row"))
+    schedule.parallel(rows)
+    return schedule.mod["main"]
+
+
 def _schedule(func: tirx.PrimFunc, parallel: bool) -> tirx.PrimFunc | None:
     """The scheduled function, None where it is not all element-wise."""
     schedule = s_tir.Schedule(func)
@@ -56,6 +76,8 @@ def _schedule(func: tirx.PrimFunc, parallel: bool) -> tirx.PrimFunc | None:
     if not blocks or not all(_is_spatial(schedule, block) for block in blocks):
         return None
     for block in blocks[:-1]:
+        if _computed_twice(schedule, block):
+            continue
         try:
             schedule.compute_inline(block)
         except tvm.s_tir.ScheduleError:
@@ -64,6 +86,18 @@ def _schedule(func: tirx.PrimFunc, parallel: bool) -> tirx.PrimFunc | None:
     for block in schedule.get_child_blocks(schedule.get_sblock("root")):
         _loops(schedule, block, parallel)
     return schedule.mod["main"]
+
+
+def _computed_twice(schedule: Any, block: Any) -> bool:
+    """Whether inlining would compute a function of vector_math.py again for each of its readers."""
+    store = schedule.get(block).body
+    if not any(isinstance(node, tirx.Let) for node in subexpressions(store.value)):
+        return False
+    reads = 0
+    for other in schedule.get_child_blocks(schedule.get_sblock("root")):
+        for node in subexpressions(schedule.get(other).body.value):
+            reads += isinstance(node, TensorLoad) and node.source.same_as(store.buffer)
+    return reads > 1
 
 
 def _is_spatial(schedule: Any, block: Any) -> bool:

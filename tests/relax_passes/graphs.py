@@ -19,7 +19,7 @@ class Graph:
         self.builder = relax.BlockBuilder()
 
     def __getattr__(self, name: str) -> Callable[..., relax.Var]:
-        op = getattr(relax.op.nn if name in ("softmax", "attention", "silu") else relax.op, name)
+        op = getattr(relax.op if hasattr(relax.op, name) else relax.op.nn, name)
         return lambda *args, **kwargs: self.builder.emit(op(*args, **kwargs))
 
 
