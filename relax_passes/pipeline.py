@@ -285,11 +285,13 @@ def lower_pipeline(
     from relax_passes.fuse_norm import FuseRMSNorm
     from relax_passes.legalize_cpu import LEGALIZE_CPU
     from relax_passes.lowering import fuse_passes, memory_passes, vm_passes
+    from relax_passes.patches import PatchesToLinear
     from relax_passes.schedule_cpu import ScheduleElementwise
 
     @tvm.transform.module_pass(opt_level=0, name="LowerForCPU")
     def run(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         passes = [
+            PatchesToLinear(),
             DispatchLinear(target),
             FuseRMSNorm(),
             FoldLayout(),
