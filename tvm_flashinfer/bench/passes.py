@@ -17,7 +17,7 @@ import numpy as np
 
 from .report import Row
 from .suites import Context, GraphPasses
-from .timing import Call, measure
+from .timing import REST, Call, measure
 
 __all__ = ["run"]
 
@@ -137,7 +137,7 @@ def _add_rows(
 
     contenders["torch"] = torch_call
     contenders["floor"] = _product()
-    seconds, samples = measure(contenders)
+    seconds, samples = measure(contenders, REST)
     floor = seconds.pop("floor") * counter.get_total_flops() / (2 * PRODUCT**3)
     peers = {name: 1e3 * seconds[name] for name in (DEFAULT, "torch")}
     for how in (OURS, LINEAR):
