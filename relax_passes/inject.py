@@ -288,15 +288,34 @@ def _rewrite(mod: tvm.IRModule, func: relax.Function, written: dict[Any, _Call])
 PIPELINE_NAME = "tvm_flashinfer"
 
 
-def pipeline(**options: Any) -> tvm.transform.Pass:
+def pipeline(*, lower: bool = False, **options: Any) -> tvm.transform.Pass:
     """``relax.get_pipeline("tvm_flashinfer")``: InjectAttention, to be put before one's own passes.
 
     ``options`` are InjectAttention's::
 
         mod = relax.get_pipeline("tvm_flashinfer", target=target)(mod)
         executable = tvm.compile(mod, target=target)
+
+    With ``lower`` it is the whole way to VM functions, in place of TVM's default pipeline: linear
+    layers go to a BLAS (on CUDA cuBLASLt), the rest is fused and scheduled::
+
+        pipeline = relax.get_pipeline("tvm_flashinfer", target=target, lower=True)
+        executable = tvm.compile(mod, target=target, relax_pipeline=pipeline)
     """
-    return InjectAttention(**options)
+    inject = InjectAttention(**options)
+    if not lower:
+        return inject
+
+    @tvm.transform.module_pass(opt_level=0, name=PIPELINE_NAME)
+    def run(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+        from relax_passes.pipeline import lower_pipeline  # which imports this module
+
+        target = inject.target or tvm.target.Target.current()
+        if target is None:
+            raise ValueError(f"the pipeline {PIPELINE_NAME!r} needs a target.")
+        return tvm.transform.Sequential([inject, lower_pipeline(target)])(mod)
+
+    return run
 
 
 if PIPELINE_NAME not in PIPELINE_MAP:

@@ -130,3 +130,23 @@ def test_exported_library_runs_alone(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
+
+
+def test_pipeline_that_lowers() -> None:
+    """An encoder layer by one pipeline, its linear layers ours too, against PyTorch."""
+    torch = pytest.importorskip("torch")
+    from tvm.relax.frontend.torch import from_exported_program
+
+    torch.manual_seed(0)
+    encoder = torch.nn.TransformerEncoderLayer(64, 4, activation="gelu", batch_first=True).eval()
+    x = torch.randn(1, LENGTH, 64)
+    mod = from_exported_program(torch.export.export(encoder, (x,)))
+    target, report = resolve_target("native"), Report()
+    pipeline = relax.get_pipeline("tvm_flashinfer", target=target, report=report, lower=True)
+    executable = tvm.compile(mod, target=target, relax_pipeline=pipeline)
+    assert [site.reason for site in report.sites] == [""]
+    result = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x.numpy()))
+    expected = encoder(x).detach().numpy()
+    assert np.abs(result[0].numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
+    with pytest.raises(ValueError, match="needs a target"):
+        relax.get_pipeline("tvm_flashinfer", lower=True)(mod)
