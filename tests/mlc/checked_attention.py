@@ -65,8 +65,6 @@ class Checked(Engine):
     def _check(self, layer: int, qkv: Array, found: Array) -> None:
         names = ("num_attention_heads", "num_key_value_heads", "head_dim")
         heads, kv_heads, dim = (self._config[name] for name in names)
-        # What is rotated is rounded to the pool's elements: with logits of a thousand that matters.
-        stored = qkv.dtype
         dtype = qkv.dtype
         qkv = qkv.reshape(-1, heads + 2 * kv_heads, dim).astype(np.float64)
         expected, row = [], 0
@@ -78,7 +76,6 @@ class Checked(Engine):
                 np.arange(begin, begin + count),
                 self._config["rope_theta"],
             )
-            turned = turned.astype(stored).astype(np.float64)
             # What the cache keeps of them: of large scores, its rounding is most of the error.
             turned = turned.astype(dtype).astype(np.float64)
             new = np.stack([turned[:, heads:], fused[:, heads + kv_heads :]])

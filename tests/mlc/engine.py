@@ -19,6 +19,8 @@ from tvm.runtime.vm import VirtualMachine
 Array = np.ndarray[Any, Any]
 #: Of the tiny models.
 VOCABULARY = 128
+#: Steps that a recurrent state can be taken back.
+HISTORY = 4
 
 
 def shape(*values: int) -> Any:
@@ -71,8 +73,12 @@ class Engine:
         names = ["create_flashinfer_paged_kv_cache", "create_tir_paged_kv_cache"]
         if self.window != -1:
             names.reverse()
-        create = next(self.vm[name] for name in names if self.vm.module.implements_function(name))
+        create = next(self.vm[name] for name in names if self._has(name))
         self.cache = create(*(shape(size) for size in (*sizes.values(), int(self.window != -1))))
+        self._states = [self.cache]
+        if self.metadata["kv_state_kind"] == "hybrid":  # for layers without attention
+            slots = shape(sizes["batch"]), shape(HISTORY)
+            self._states.append(self.vm["create_rnn_state"](*slots))
 
     def put(self, data: Any) -> Any:
         return tvm.runtime.tensor(data, self.device)
@@ -80,7 +86,11 @@ class Engine:
     # -- the cache, by the names that the engine looks up
 
     def call(self, name: str, *args: Any) -> Any:
-        return tvm.get_global_func(f"vm.builtin.{name}")(self.cache, *args)
+        function = tvm.get_global_func(f"vm.builtin.{name}")
+        if name.startswith("kv_state_"):
+            for state in self._states[1:]:
+                function(state, *args)
+        return function(self.cache, *args)
 
     def add(self, seq_id: int) -> None:
         self.call("kv_state_add_sequence", seq_id)
@@ -116,7 +126,11 @@ class Engine:
 
     def _run(self, name: str, embeddings: Any, extents: tuple[int, ...], *positions: Any) -> Array:
         view = embeddings._create_view((*extents, embeddings.shape[-1]))
-        return np.asarray(self.vm[name](view, *positions, self.cache, self.params)[0].numpy())
+        found = self.vm[name](view, *positions, *self._states, self.params)
+        return np.asarray(found[0].numpy())
+
+    def _has(self, name: str) -> bool:
+        return bool(self.vm.module.implements_function(name))
 
     def prefill(self, seqs: dict[int, Sequence[int]], *, extend: bool = False) -> Array:
         """[sequences, vocabulary]: logits of each sequence's last token."""
@@ -124,7 +138,7 @@ class Engine:
         self.call("kv_state_begin_forward", shape(*seqs), shape(*lengths))
         embeddings = self._embed([token for tokens in seqs.values() for token in tokens])
         kind = "extend" if extend else "prefill"
-        if len(seqs) == 1:
+        if len(seqs) == 1 and self._has(kind):
             logits = self._run(kind, embeddings, (1, sum(lengths)))
         else:
             last = self.put(np.cumsum(lengths).astype("int32") - 1)
@@ -135,7 +149,7 @@ class Engine:
     def decode(self, seqs: dict[int, int]) -> Array:
         self.call("kv_state_begin_forward", shape(*seqs), shape(*[1] * len(seqs)))
         embeddings = self._embed(list(seqs.values()))
-        name = "decode" if len(seqs) == 1 else "batch_decode"
+        name = "decode" if len(seqs) == 1 and self._has("decode") else "batch_decode"
         logits = self._run(name, embeddings, (len(seqs), 1))
         self.call("kv_state_end_forward")
         return logits.reshape(len(seqs), -1)

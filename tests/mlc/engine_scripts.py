@@ -120,6 +120,23 @@ def latent(engine: Engine, draw: Callable[[int], list[int]]) -> Iterator[Array]:
         yield engine.decode({seq_id: draw(1)[0]})
 
 
+def recurrent(engine: Engine, draw: Callable[[int], list[int]]) -> Iterator[Array]:
+    """Qwen3.5: a step has the prompt of one sequence, as its recurrence runs over all the rows."""
+    engine.add(0)
+    engine.add(1)
+    for seq_id, length in ((0, 20), (1, 40), (0, 7)):
+        yield engine.prefill({seq_id: draw(length)})
+    for _ in range(3):
+        yield engine.decode({0: draw(1)[0], 1: draw(1)[0]})
+    engine.fork(0, 2)
+    yield engine.decode({seq_id: draw(1)[0] for seq_id in (2, 1, 0)})
+    engine.pop(1, 2)
+    engine.remove(0)
+    yield engine.decode({1: draw(1)[0], 2: draw(1)[0]})
+    yield engine.prefill({2: draw(5)})
+    yield engine.decode({2: draw(1)[0]})
+
+
 def shorter_than_windows(engine: Engine, draw: Callable[[int], list[int]]) -> Iterator[Array]:
     engine.add(0)
     engine.add(1)

@@ -91,6 +91,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
     },
+    "qwen3_5": {
+        "hidden_act": "silu",
+        "num_hidden_layers": 4,
+        "full_attention_interval": 2,  # the others are recurrent
+        "partial_rotary_factor": 0.5,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "dtype": "float32",
+    },
     "qwen2_5_vl": {
         "hidden_act": "silu",
         "max_position_embeddings": 512,

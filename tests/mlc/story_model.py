@@ -38,24 +38,27 @@ def _mlc(*arguments: str) -> None:
 
 
 @functools.cache
-def model_folder(quantization: str = "q0f32") -> Path:
+def model_folder() -> Path:
     """Weights, tokenizer and chat configuration."""
+    from mlc_llm.protocol.conversation_protocol import Conversation
+
     folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))
     checkpoint = folder / "checkpoint"  # a copy: mlc_llm writes into its source's folder
     shutil.copytree(CHECKPOINT, checkpoint)
-    shared = ["--model-type", "llama", "--quantization", quantization, "-o", str(folder)]
+    shared = ["--model-type", "llama", "--quantization", "q0f32", "-o", str(folder)]
     _mlc("convert_weight", str(checkpoint), "--device", "cpu", *shared)
     _mlc("gen_config", str(checkpoint), "--conv-template", "LM", "--max-batch-size", "40", *shared)
     path = folder / "mlc-chat-config.json"
     config: dict[str, Any] = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"conv_template": CONVERSATION}))
+    conversation = Conversation(**CONVERSATION).model_dump(by_alias=True, exclude_none=True)
+    path.write_text(json.dumps(config | {"conv_template": conversation}))
     return folder
 
 
 @functools.cache
-def library(cache: str, quantization: str = "q0f32") -> Path:
+def library(cache: str) -> Path:
     """The model compiled with a cache: "ours" or "tvm"."""
-    folder = model_folder(quantization)
+    folder = model_folder()
     path = folder / f"{cache}.so"
     compiled_by(cache, [str(folder / "mlc-chat-config.json"), "--device", "llvm", "-o", str(path)])
     return path

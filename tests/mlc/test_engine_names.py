@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import tvm
+from engine import shape
 from mlc_engine_calls import CACHE_CALLS, CREATIONS
-from models import compile_model
+from models import compile_model, config
 from tvm import relax
 
 #: Functions of a model that belong to what not every model is.
@@ -61,3 +62,15 @@ def test_a_model_has_the_functions_that_the_engine_asks_for(sources: str) -> Non
     vm = relax.VirtualMachine(module, tvm.cpu())
     absent = {name for name in names if not vm.module.implements_function(name)}
     assert absent <= OTHER_MODELS
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "deepseek_v2"])
+def test_either_name_makes_our_cache(family: str) -> None:
+    """Heads, a window of the sequence, windows of layers, latent attention."""
+    module = tvm.runtime.load_module(str(compile_model(family)))
+    vm = relax.VirtualMachine(module, tvm.cpu())
+    slides = int(config(family).get("sliding_window", -1) != -1)
+    for name in CREATIONS:
+        cache = vm[name](*(shape(size) for size in (2, 64, 16, 16, slides)))
+        tvm.get_global_func("vm.builtin.kv_state_add_sequence")(cache, 0)
+        tvm.get_global_func("tvm_flashinfer.kv_cache_graph_key")(cache)  # refuses another's

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from engine import VOCABULARY, Array, Engine
-from engine_scripts import SCRIPTS, Script, logits, shorter_than_windows, windows_slide
+from engine_scripts import (
+    SCRIPTS,
+    Script,
+    logits,
+    recurrent,
+    shorter_than_windows,
+    windows_slide,
+)
 from models import compile_model
 
 TOLERANCE = 1e-4
@@ -96,6 +103,12 @@ def test_layers_with_windows() -> None:
     compare(found, found[:1] * len(found))
     plain.add(9)
     assert np.abs(plain.prefill({9: tokens}) - found[0]).max() > 10 * TOLERANCE
+
+
+def test_beside_a_recurrent_state() -> None:
+    """Qwen3.5, a hybrid: of its layers some have a cache, others a state that is rolled along."""
+    ours = logits(compile_model("qwen3_5"), recurrent)
+    compare(ours, logits(compile_model("qwen3_5", cache="tvm"), recurrent))
 
 
 def test_latent_attention_expanded_and_absorbed_agree() -> None:

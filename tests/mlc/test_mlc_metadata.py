@@ -9,28 +9,68 @@ from typing import Any
 import pytest
 import tvm
 from engine import Engine
-from models import compile_model, config
+from models import CONFIGS, compile_model, config
 from tvm import relax
+
+try:
+    from mlc_llm.model.model_preset import MODEL_PRESETS
+except ImportError:
+    MODEL_PRESETS = {}
 
 FAMILIES = ["llama", "qwen3", "mistral", "gemma3", "deepseek_v2", "qwen3_moe"]
 #: Of a GPU, where mlc_llm's pass serves every family; nothing is compiled for it here.
 THEIRS = "nvidia/nvidia-h100"
 
 
+#: Families that mlc_llm has a configuration of, in real width with few layers, and those above. It
+#: doesn't list one of ours; another has no attention.
+PRESETS = {preset["model_type"]: preset for preset in MODEL_PRESETS.values()}
+EVERY_FAMILY = sorted((PRESETS.keys() | CONFIGS.keys()) - {"qwen2_5_vl", "rwkv5"})
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
 @cache
-def exported(family: str) -> tvm.IRModule:
+def exported(family: str, target: str = "llvm") -> tvm.IRModule:
     """The model as mlc_llm hands it to its pipeline."""
     from mlc_llm.model import MODELS
     from mlc_llm.quantization import QUANTIZATION
 
     model = MODELS[family]
     quantization = QUANTIZATION["q0f16"]
-    with tvm.target.Target("llvm"):
-        made, _ = model.quantize[quantization.kind](
-            model.config.from_dict(config(family)), quantization
-        )
+    sizes = config(family) if family in CONFIGS else PRESETS[family] | _few_layers(PRESETS[family])
+    with tvm.target.Target(target):
+        made, _ = model.quantize[quantization.kind](model.config.from_dict(sizes), quantization)
         module, _, _ = made.export_tvm(spec=made.get_default_spec(), allow_extern=True)
     return module
+
+
+def _few_layers(preset: dict[str, Any]) -> dict[str, int]:
+    return {name: 2 for name in LAYERS if name in preset}
+
+
+def functions(module: tvm.IRModule) -> set[str]:
+    return {gvar.name_hint for gvar, _ in module.functions_items()}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [(family, "llvm") for family in EVERY_FAMILY]
+    # Tiny models' heads are too narrow for a GPU; test_quantizations.py compiles wider ones.
+    + [(family, THEIRS) for family in EVERY_FAMILY if family not in CONFIGS],
+)
+def test_every_family_gets_our_cache(family: str, target: str) -> None:
+    from relax_passes.dispatch_kv_cache import DispatchKVCache
+
+    module = exported(family, target)
+    metadata = {"sliding_window_size": (PRESETS | CONFIGS)[family].get("sliding_window", -1)}
+    made = DispatchKVCache(tvm.target.Target(target), metadata)(module)
+    if "create_paged_kv_cache" not in functions(module):
+        assert family == "bert"
+        return
+    names = {name for name in functions(made) if name.endswith("paged_kv_cache")}
+    assert names == {"create_tir_paged_kv_cache", "create_flashinfer_paged_kv_cache"}
+    assert "vm.builtin.paged_attention_kv_cache_create" not in made.script()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -12,6 +13,9 @@ import pytest
 from models import compile_model
 
 from tvm_flashinfer import _library
+
+with contextlib.suppress(ImportError):
+    from story_model import library, model_folder
 
 RUN = """
 import json, sys
@@ -36,6 +40,39 @@ assert np.isfinite(out).all()
 assert not any(name.split(".")[0] in ("tvm_flashinfer", "mlc_llm") for name in sys.modules)
 """
 
+#: MLC's engine in C++, as its applications for phones drive it: with nothing of its Python either.
+ENGINE = """
+import ctypes, json, queue, sys, threading
+import tvm
+
+ctypes.CDLL(sys.argv[3])
+engine = tvm.get_global_func("mlc.json_ffi.CreateJSONFFIEngine")()
+loops = [
+    threading.Thread(target=engine[name], daemon=True)
+    for name in ("run_background_loop", "run_background_stream_back_loop")
+]
+for loop in loops:
+    loop.start()
+said = queue.Queue()
+engine["init_background_engine"](1, 0, said.put)  # a CPU
+config = {"model": sys.argv[2], "model_lib": sys.argv[1], "mode": "local"}
+sizes = {"max_num_sequence": 4, "max_total_sequence_length": 1024, "prefill_chunk_size": 512}
+engine["reload"](json.dumps(config | sizes | {"additional_models": []}))
+messages = [{"role": "user", "content": "Who are you?"}]
+request = {"messages": messages, "temperature": 0, "max_tokens": 60, "stream": True}
+assert engine["chat_completion"](json.dumps(request), "one"), engine["get_last_error"]()
+text, ended = "", False
+while not ended:
+    for part in json.loads(said.get(timeout=60)):
+        ended |= part.get("usage") is not None
+        text += "".join(choice["delta"].get("content") or "" for choice in part["choices"])
+engine["exit_background_loop"]()
+for loop in loops:
+    loop.join()
+assert not any(name.split(".")[0] in ("tvm_flashinfer", "mlc_llm") for name in sys.modules)
+print(text)
+"""
+
 
 def run(family: str, library: Path, named: str | None = None) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k != "TVM_FLASHINFER_LIBRARY"}
@@ -43,6 +80,17 @@ def run(family: str, library: Path, named: str | None = None) -> subprocess.Comp
         env["TVM_FLASHINFER_LIBRARY"] = named
     command = [sys.executable, "-c", RUN, str(library), family]
     return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def test_the_engine_answers() -> None:
+    from tvm_flashinfer.mlc.bridges import library_file
+
+    engine = library_file()
+    if engine is None:
+        pytest.skip("mlc_llm's C++ library (libmlc_llm_module.so) isn't there")
+    command = [sys.executable, "-c", ENGINE, str(library("ours")), str(model_folder()), engine]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert done.stdout.strip() == "I am a storyteller.", done.stderr
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])

@@ -68,7 +68,7 @@ NOT_ON_CUDA = {
 #: Llama with every quantisation, the rest with what is used most.
 FOR_CUDA = [("llama", name) for name in ON_CUDA] + [
     (family, name)
-    for family in ("qwen3", "gemma3", "mistral", "deepseek_v2")
+    for family in ("qwen3", "gemma3", "mistral", "deepseek_v2", "qwen3_moe", "qwen3_5")
     for name in ("q0f16", "q4f16_1")
 ]
 

@@ -30,7 +30,7 @@ class Bridge:
     name : str
         What mlc_llm uses.
     change : str
-        What became of it upstream, as a clause.
+        What became of it upstream, as a clause, with the pull request where there was one.
     needed : callable
         Whether it is missing here.
     apply : callable
@@ -116,6 +116,7 @@ def _relax_constant() -> None:
         return isinstance(e, GenericConst) and isinstance(e.value, Tensor)
 
     relax.Constant = _alias("Constant", is_constant, lambda data, *_: relax.const(data))
+    GenericConst.data = property(lambda self: self.value)
 
 
 def _relax_string() -> None:
@@ -324,59 +325,69 @@ def _center_crop() -> None:
     ImageProcessor.crop = crop
 
 
+def _recurrent_state() -> None:
+    from mlc_llm.nn.rnn_state import RNNState
+
+    from . import recurrent
+
+    RNNState.create_get_func = staticmethod(recurrent.create_get_func)
+    RNNState.create_set_func = staticmethod(recurrent.create_set_func)
+
+
 #: What ``import mlc_llm`` and its compiler need of TVM.
 BRIDGES = (
     Bridge(
         "Var.name_hint",
-        "TVM 0.27 calls it Var.name",
+        "TVM 0.27 calls it Var.name (apache/tvm#20016)",
         lambda: _lacks("tvm.ir", "Var.name_hint"),
         _name_hint,
     ),
     Bridge(
         "relax.Constant",
-        "TVM 0.27 has ir.GenericConst, made by relax.const",
+        "TVM 0.27 has ir.GenericConst, made by relax.const (apache/tvm#20386)",
         lambda: _lacks("tvm.relax", "Constant"),
         _relax_constant,
     ),
     Bridge(
         "relax.StringImm",
-        "TVM 0.27 has it in tvm.ir",
+        "TVM 0.27 has it in tvm.ir (apache/tvm#20386)",
         lambda: _lacks("tvm.relax", "StringImm"),
         _relax_string,
     ),
     Bridge(
         "relax.DataTypeImm",
-        "TVM 0.27 has ir.GenericConst of a dtype",
+        "TVM 0.27 has ir.GenericConst of a dtype (apache/tvm#20386)",
         lambda: _lacks("tvm.relax", "DataTypeImm"),
         _relax_dtype,
     ),
     Bridge(
         "tirx.SBlock",
-        "TVM 0.27 has SBlock and SBlockRealize in tvm.s_tir",
+        "TVM 0.27 has SBlock and SBlockRealize in tvm.s_tir (apache/tvm#20378)",
         lambda: _lacks("tvm.tirx", "SBlock"),
         _sblock,
     ),
     Bridge(
         "PrimFunc.buffer_map",
-        "in TVM 0.27 buffers are parameters themselves",
+        "in TVM 0.27 buffers are parameters themselves (apache/tvm#20086)",
         lambda: _lacks("tvm.tirx", "PrimFunc.buffer_map"),
         _prim_func_buffers,
     ),
     Bridge(
         "tirx.stmt_functor",
-        "tvm-ffi 0.1.15 has structural_map and structural_walk",
+        "tvm-ffi 0.1.15 has structural_map and structural_walk (apache/tvm#20308, #20317)",
         lambda: _lacks("tvm.tirx", "stmt_functor"),
         _stmt_functor,
     ),
     Bridge(
         "nn.op.tensor_ir_op",
-        "in TVM 0.27 scalar parameters of a PrimFunc come before its outputs",
+        "in TVM 0.27 scalars are arguments like others, before outputs (apache/tvm#20009); "
+        "mlc-ai/mlc-llm#3530 follows",
         lambda: _lacks("tvm.relax", "PrimValue"),
         _scalars_before_outputs,
     ),
     Bridge(
         "runtime.disco",
-        "TVM 0.27 looks for Disco before it loads the library that has it",
+        "TVM 0.27 looks for Disco before it loads the library that has it (apache/tvm#19594)",
         lambda: _lacks("tvm.runtime", "disco.ThreadedSession"),
         _disco,
     ),
@@ -392,7 +403,7 @@ BRIDGES = (
 LATE_BRIDGES = (
     Bridge(
         "remove_global_buf_alloc",
-        "in TVM 0.27 buffers are parameters themselves: its search for pointers finds none",
+        "its search for pointers finds none: buffers are parameters themselves (apache/tvm#20086)",
         lambda: any(bridge.name == "PrimFunc.buffer_map" for bridge in _active),
         _lift_global_buffers,
     ),
@@ -410,8 +421,14 @@ LATE_BRIDGES = (
     ),
     Bridge(
         "ImageProcessor.crop",
-        "TVM 0.27 wants T.writes at the top of a block, and LLaVA has a condition there",
+        "TVM 0.27 wants T.writes at the top of a block, as mlc-ai/mlc-llm#3530 has it",
         lambda: _is_tvm("0.27"),
         _center_crop,
+    ),
+    Bridge(
+        "RNNState.create_get_func",
+        "TVM 0.27 finds a block that names its slot inside ill-formed",
+        lambda: _is_tvm("0.27"),
+        _recurrent_state,
     ),
 )
