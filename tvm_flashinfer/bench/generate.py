@@ -18,7 +18,7 @@ from .machine import matmul_rate, read_bandwidth
 from .report import Row
 from .suites import Context
 
-__all__ = ["Shape", "make_checkpoint", "run"]
+__all__ = ["AttentionClock", "Shape", "make_checkpoint", "run"]
 
 SUITE = "generate"
 PEER = "tvm-tir"
@@ -28,6 +28,7 @@ ATTENTION_CALLS = (
     "tvm_flashinfer.kv_cache_attention",
     "tvm_flashinfer.kv_cache_attention_bhsd",
     "tvm_flashinfer.kv_cache_attention_views",
+    "tvm_flashinfer.kv_cache_attention_with_fused_qkv",
 )
 
 
@@ -152,7 +153,7 @@ class Subject:
 
     def attention_seconds(self, steps: int) -> Iterator[float]:
         """Seconds inside attention in each of ``steps`` instrumented steps."""
-        clock = _AttentionClock()
+        clock = AttentionClock()
         self.model.vm.set_instrument(tvm_ffi.convert(clock))
         try:
             for _ in self.decode(steps):
@@ -161,7 +162,7 @@ class Subject:
             self.model.vm.set_instrument(None)
 
 
-class _AttentionClock:
+class AttentionClock:
     """A VM instrument that times the attention calls."""
 
     def __init__(self) -> None:

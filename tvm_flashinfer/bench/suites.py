@@ -76,6 +76,7 @@ SUITES = {
     "schedule": "what a plan costs beside a plain sort of as many work items",
     "passes": "whole graphs with their attention rewritten, beside TVM's default pipeline",
     "kv-cache": "the KV cache beside TVM's own: steps, shared prompts, windows, memory",
+    "mlc": "a Llama compiled by MLC-LLM: steps, and MLCEngine's tokens, beside TVM's cache",
     "linear": "linear layers beside numpy, PyTorch and TVM's own code",
 }
 
