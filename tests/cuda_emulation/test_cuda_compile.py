@@ -21,7 +21,7 @@ MODULES = {
 # rows serve only pages that can't be copied in boxes.
 SPILLS = {
     ("main", "80"): {"16": 104, "128": 296},
-    ("main", "90a"): {"16": 64, "128 rows": 188, "128 boxes": 0},
+    ("main", "90a"): {"16": 64, "128 rows": 0, "128 boxes": 0},
     ("narrow", "90a"): {"16": 32},
     ("latent", "90a"): {"16": 132, "64": 1472, "latent": 0},
 }

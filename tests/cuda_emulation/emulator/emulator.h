@@ -373,11 +373,11 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
 template <typename T>
-inline T __shfl_sync(unsigned, T value, int lane) {
+inline T __shfl_sync(unsigned, T value, int lane, int width = emulation::kLanes) {
   struct Operand {
     T value, result;
     int lane;
-  } self{value, T{}, lane};
+  } self{value, T{}, static_cast<int>(threadIdx.x) / width * width + lane % width};
   emulation::Block::Current().Warp("__shfl_sync", &self, [](void** all) {
     for (int i = 0; i < emulation::kLanes; ++i) {
       auto* to = static_cast<Operand*>(all[i]);

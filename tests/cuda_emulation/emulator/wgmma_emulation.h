@@ -98,6 +98,8 @@ inline void WaitForCopies() {
   copies.clear();
 }
 
+inline bool ElectOne() { return threadIdx.x % 32 == 0; }
+
 inline void MbarrierArriveExpect(uint32_t barrier, int bytes) {
   auto& mbarrier = Block::Current().Mbarrier(barrier);
   mbarrier.bytes += bytes;

@@ -26,7 +26,10 @@ class BoxLoader {
  public:
   using T = typename C::T;
   static constexpr int kBoxes = C::kStepKV / kBoxTokens;
-  static_assert(kBoxes <= kWarpSize, "every lane knows the place of one box at most");
+  static constexpr int kBatch =
+      kBoxes < 8 ? kBoxes : 8;  //!< boxes whose places are shuffled at once
+  static_assert(kBoxes % kBatch == 0 && kBoxes <= kWarpSize,
+                "every lane knows the place of one box at most");
   static_assert(C::KTile::kGroupBytes == C::kHeadDimQK * kBoxTokens * 2 &&
                     (C::kSharedKV || C::VTile::kGroupBytes == C::kHeadDimVO * kBoxTokens * 2),
                 "a box is one stretch of a tile");
@@ -134,13 +137,24 @@ class BoxLoader {
   __device__ __forceinline__ void CopyBoxes(const ptx::TensorMap& map, int head,
                                             const TokenPlace& place, int boxes, uint32_t tile,
                                             uint32_t full) const {
-    if (lane_ == 0) ptx::MbarrierArriveExpect(full, boxes * Tile::kGroupBytes);
-#pragma unroll 4
-    for (int i = 0; i < boxes; ++i) {
-      const int page = __shfl_sync(0xffffffffu, place.page, i);
-      const int entry = __shfl_sync(0xffffffffu, place.entry, i);
-      if (lane_ == 0)
-        ptx::CopyBox(tile + i * Tile::kGroupBytes, map, {0, entry, 0, head, page}, full);
+    if (ptx::ElectOne()) ptx::MbarrierArriveExpect(full, boxes * Tile::kGroupBytes);
+#pragma unroll
+    for (int first = 0; first < kBoxes; first += kBatch) {
+      int page[kBatch], entry[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        page[i] = __shfl_sync(0xffffffffu, place.page, first + i);
+        entry[i] = __shfl_sync(0xffffffffu, place.entry, first + i);
+      }
+      if (ptx::ElectOne()) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (first + i >= boxes) break;
+          ptx::CopyBox(tile + (first + i) * Tile::kGroupBytes, map, {0, entry[i], 0, head, page[i]},
+                       full);
+        }
+      }
+      __syncwarp();
     }
   }
 

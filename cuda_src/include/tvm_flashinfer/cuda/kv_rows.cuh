@@ -14,12 +14,31 @@
 namespace tvm_flashinfer {
 namespace cuda {
 
-/*! \brief CopyRows of rows of at most 32 chunks. */
+/*!
+ * \brief Which of 32 rows a lane knows the offset of: such a one that lanes which copy a row
+ * together find it by a shuffle among themselves, of the same index in every lane.
+ */
+template <typename Tile>
+__device__ __forceinline__ int LaneRow(int lane) {
+  if constexpr (Tile::kChunks > kWarpSize) {
+    return lane;
+  } else {
+    return lane % Tile::kChunks * (kWarpSize / Tile::kChunks) + lane / Tile::kChunks;
+  }
+}
+
+/*!
+ * \brief CopyRows of rows of at most 32 chunks.
+ *
+ * Addresses of a batch of copies are shuffled before its first: one by one, in the same registers,
+ * every shuffle waits for the copy ahead to have read them, and that sets the pace of a kernel.
+ */
 template <typename Tile, typename T>
 __device__ __forceinline__ void CopyNarrowRows(const T* from, int64_t offset, int first_row,
                                                int lane, uint32_t tile) {
   constexpr int kRowsPerCopy = kWarpSize / Tile::kChunks;
   constexpr int kCopiesPerGroup = 8 / kRowsPerCopy;
+  constexpr int kBatch = Tile::kChunks % 8 == 0 ? 8 : Tile::kChunks;
   const int row = lane / Tile::kChunks, chunk = lane % Tile::kChunks;
   const T* column = from + chunk * kElementsPerChunk;
   if (__ballot_sync(0xffffffffu, offset >= 0) == 0xffffffffu) {
@@ -29,15 +48,23 @@ __device__ __forceinline__ void CopyNarrowRows(const T* from, int64_t offset, in
       to[i] = tile + Tile::Offset(first_row + i * kRowsPerCopy + row, chunk);
     }
 #pragma unroll
-    for (int i = 0; i < Tile::kChunks; ++i) {
-      const int64_t at = __shfl_sync(0xffffffffu, offset, i * kRowsPerCopy + row);
-      ptx::CpAsync16(to[i % kCopiesPerGroup] + i / kCopiesPerGroup * Tile::kGroupBytes,
-                     column + at);
+    for (int first = 0; first < Tile::kChunks; first += kBatch) {
+      int64_t at[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        at[i] = __shfl_sync(0xffffffffu, offset, first + i, Tile::kChunks);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int copy = first + i;
+        ptx::CpAsync16(to[copy % kCopiesPerGroup] + copy / kCopiesPerGroup * Tile::kGroupBytes,
+                       column + at[i]);
+      }
     }
   } else {
 #pragma unroll 1
     for (int i = 0; i < Tile::kChunks; ++i) {
-      const int64_t at = __shfl_sync(0xffffffffu, offset, i * kRowsPerCopy + row);
+      const int64_t at = __shfl_sync(0xffffffffu, offset, i, Tile::kChunks);
       ptx::CpAsync16OrZero(tile + Tile::Offset(first_row + i * kRowsPerCopy + row, chunk),
                            column + (at < 0 ? 0 : at), at >= 0);
     }
@@ -45,8 +72,8 @@ __device__ __forceinline__ void CopyNarrowRows(const T* from, int64_t offset, in
 }
 
 /*!
- * \brief Copy 32 rows of a tile, each of which one lane knows the offset of. Rows that are not
- * there (-1) are zeros: 0 x NaN of a stale row would not be.
+ * \brief Copy 32 rows of a tile, each of which one lane (LaneRow) knows the offset of. Rows that
+ * are not there (-1) are zeros: 0 x NaN of a stale row would not be.
  */
 template <typename Tile, typename T>
 __device__ __forceinline__ void CopyRows(const T* from, int64_t offset, int first_row, int lane,
@@ -74,7 +101,7 @@ __device__ __forceinline__ void CopyQueries(const AttentionParams& p, const Work
   const QTile<C> q(p, item);
 #pragma unroll 1
   for (int first = part * kRowsPerWarp; first < (part + 1) * kRowsPerWarp; first += kWarpSize) {
-    const int row = first + lane;
+    const int row = first + LaneRow<typename C::QTile>(lane);
     const bool exists = row < q.rows;
     const int shown = min(row, q.rows - 1);
     const int token = q.q_begin + q.Token(shown), head = q.Head(shown);
@@ -94,8 +121,10 @@ __device__ __forceinline__ void CopyQueries(const AttentionParams& p, const Work
 }
 
 /*!
- * \brief One of four producer warps: a quarter of the queries, then half of every K tile (the first
- * two warps) or V tile (the others).
+ * \brief One of four producer warps: a quarter of the queries and of every K and V tile.
+ *
+ * No copy is waited for here: barriers count copies as they end, so that as much is on its way as
+ * the rings hold. K is a step ahead of V, as the consumers are (warpgroup_consumer.cuh).
  */
 template <typename C, typename Variant>
 class RowLoader {
@@ -114,68 +143,54 @@ class RowLoader {
 
   __device__ __forceinline__ void Load(const ItemInfo& info,
                                        const RingCursor<C::kItemSlots>& items) {
-    Rows first = Find(info, StepsDown<C, Variant>(variant_, info).step());
+    StepsDown<C, Variant> steps(variant_, info);
+    TokenPlace place = Find(info, steps.step());
     ptx::WaitForEarlierLaunches();
     CopyQueries<C, Variant>(p_, info.item, pipeline_, items.slot, warp_, lane_);
-    if (warp_ < C::kTileWarps) {
-      LoadTiles<typename C::KTile>(
-          info, first, p_.k, p_.k_strides, [&](int s) { return pipeline_.K(s); },
-          [&](int s) { return pipeline_.EmptyK(s); }, [&](int s) { return pipeline_.FullK(s); });
-    } else {
-      LoadTiles<typename C::VTile>(
-          info, first, p_.v, p_.v_strides, [&](int s) { return pipeline_.V(s); },
-          [&](int s) { return pipeline_.EmptyV(s); }, [&](int s) { return pipeline_.FullV(s); });
-    }
-  }
-
- private:
-  static constexpr int kRowsPerLane = C::kStepKV / C::kTileWarps / kWarpSize;
-  static_assert(C::kTileWarps * 2 == C::kProducerWarps &&
-                    kRowsPerLane * C::kTileWarps * kWarpSize == C::kStepKV,
-                "K and V have as many warps, every lane knows the address of as many rows");
-
-  /*! \brief Places of a lane's rows in one step. */
-  struct Rows {
-    TokenPlace place[kRowsPerLane];
-  };
-
-  __device__ __forceinline__ int FirstRow(int j) const {
-    return (warp_ % C::kTileWarps * kRowsPerLane + j) * kWarpSize;
-  }
-
-  __device__ __forceinline__ Rows Find(const ItemInfo& info, int step) const {
-    Rows rows;
-#pragma unroll
-    for (int j = 0; j < kRowsPerLane; ++j) {
-      rows.place[j] = lookup_.Find(p_.plan.kv_indices + info.pages, info.item,
-                                   step < 0 ? -1 : step * C::kStepKV + FirstRow(j) + lane_);
-    }
-    return rows;
-  }
-
-  template <typename Tile, typename TileAt, typename Empty, typename Full>
-  __device__ __forceinline__ void LoadTiles(const ItemInfo& info, Rows rows, const void* pool,
-                                            const KVStrides& strides, TileAt tile, Empty empty,
-                                            Full full) {
-    const T* from = static_cast<const T*>(pool) + info.item.head * strides.head;
-    StepsDown<C, Variant> steps(variant_, info);
+    if (steps.step() < 0) return;
+    steps.Next();
+    TokenPlace next = Find(info, steps.step());
+    LoadK(info.item, place);
     while (steps.step() >= 0) {
       // Pages are looked up a step ahead.
       steps.Next();
-      const Rows ahead = Find(info, steps.step());
-      ptx::MbarrierWait(empty(stages_.slot), stages_.phase ^ 1);
-#pragma unroll
-      for (int j = 0; j < kRowsPerLane; ++j) {
-        CopyRows<Tile>(from, rows.place[j].Offset(strides), FirstRow(j), lane_, tile(stages_.slot));
-      }
-      // The producers make copies visible to products: consumers would lose time with fences.
-      ptx::WaitForCopies();
-      ptx::FenceAsyncProxy();
-      __syncwarp();
-      if (lane_ == 0) ptx::MbarrierArrive(full(stages_.slot));
-      stages_.Advance();
-      rows = ahead;
+      const TokenPlace ahead = Find(info, steps.step());
+      LoadK(info.item, next);
+      LoadV(info.item, place);
+      place = next;
+      next = ahead;
     }
+    LoadV(info.item, place);
+  }
+
+ private:
+  static_assert(C::kTileWarps * kWarpSize == C::kStepKV && C::kTileWarps == C::kProducerWarps,
+                "every lane knows the address of one row");
+  static_assert(C::KTile::kChunks == C::VTile::kChunks, "a lane knows the same row of both");
+
+  /*! \return The place of this lane's row of a step, or none. */
+  __device__ __forceinline__ TokenPlace Find(const ItemInfo& info, int step) const {
+    return lookup_.Find(
+        p_.plan.kv_indices + info.pages, info.item,
+        step < 0 ? -1 : step * C::kStepKV + warp_ * kWarpSize + LaneRow<typename C::KTile>(lane_));
+  }
+
+  __device__ __forceinline__ void LoadK(const WorkItem& item, const TokenPlace& place) {
+    ptx::MbarrierWait(pipeline_.EmptyK(k_.slot), k_.phase ^ 1);
+    CopyRows<typename C::KTile>(static_cast<const T*>(p_.k) + item.head * p_.k_strides.head,
+                                place.Offset(p_.k_strides), warp_ * kWarpSize, lane_,
+                                pipeline_.K(k_.slot));
+    ptx::MbarrierArriveAfterCopies(pipeline_.FullK(k_.slot));
+    k_.Advance();
+  }
+
+  __device__ __forceinline__ void LoadV(const WorkItem& item, const TokenPlace& place) {
+    ptx::MbarrierWait(pipeline_.EmptyV(v_.slot), v_.phase ^ 1);
+    CopyRows<typename C::VTile>(static_cast<const T*>(p_.v) + item.head * p_.v_strides.head,
+                                place.Offset(p_.v_strides), warp_ * kWarpSize, lane_,
+                                pipeline_.V(v_.slot));
+    ptx::MbarrierArriveAfterCopies(pipeline_.FullV(v_.slot));
+    v_.Advance();
   }
 
   const AttentionParams& p_;
@@ -183,7 +198,7 @@ class RowLoader {
   const WarpgroupPipeline<C>& pipeline_;
   PageLookup lookup_;
   int warp_, lane_;
-  RingCursor<C::kStages> stages_;
+  RingCursor<C::kStages> k_, v_;
 };
 
 }  // namespace cuda

@@ -62,7 +62,7 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
   using typename Base::Logits;
   using typename Base::Weights;
 
-  /*! \brief The warpgroup of logits. */
+  /*! \brief The warpgroup of logits: Q K^T of the next step runs beside the softmax of this one. */
   __device__ __forceinline__ void Lead(const ItemInfo& info, const QueryRow (&rows)[2], int slot,
                                        State* state) {
     const uint32_t queries = pipeline_.Q(slot);
@@ -70,33 +70,27 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
     const ItemMask<C, Variant> mask(variant_, info, rows, at_);
     StepsDown<C, Variant> steps(variant_, info);
     Logits s;
-    Weights weights;
-    float rescale[2];
     if (steps.step() >= 0) {
-      ptx::MbarrierWait(pipeline_.FullK(k_.slot), k_.phase);
       MultiplyQK(s, queries);
       ptx::WgmmaWait<0>();
       ptx::PinRegisters(s);
-      k_.Advance();
-      Weigh(s, mask, steps, state, rescale);
-      Round(s, weights);
-      Send(weights, rescale);
+      int step = steps.step();
+      TileClass tile = steps.tile();
       for (steps.Next(); steps.step() >= 0; steps.Next()) {
-        ptx::MbarrierWait(pipeline_.FullK(k_.slot), k_.phase);
-        MultiplyQK(s, queries);
-        MultiplyPV(state->o, weights);
-        ptx::WgmmaWait<1>();
-        ptx::PinRegisters(s);
-        k_.Advance();
-        const bool rises = Weigh(s, mask, steps, state, rescale);
-        EndPV(state->o);
-        Round(s, weights);
-        Send(weights, rescale);
-        if (rises) state->Rescale(rescale);
+        Logits next;
+        MultiplyQK(next, queries);
+        Sum(s, mask, step, tile, state);
+        ptx::PinRegisters(next);
+#pragma unroll
+        for (int n = 0; n < C::kStepKV / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[n][e] = next[n][e];
+        }
+        step = steps.step();
+        tile = steps.tile();
       }
       Release(pipeline_.ItemEmpty(slot));
-      MultiplyPV(state->o, weights);
-      EndPV(state->o);
+      Sum(s, mask, step, tile, state);
     } else {
       Release(pipeline_.ItemEmpty(slot));
     }
@@ -105,6 +99,21 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
     PutFactors(state->max);
     *reinterpret_cast<PerRow*>(Slot(0)) = {{state->sum[0], state->sum[1]}};
     AnnounceMailbox(kReady);
+  }
+
+  /*! \brief A step from its logits on: weights, also for the other warpgroup, and P V. */
+  __device__ __forceinline__ void Sum(Logits& s, const ItemMask<C, Variant>& mask, int step,
+                                      TileClass tile, State* state) {
+    Transform(s, mask, step);
+    if (tile == TileClass::kMixed) mask.Mask(s, step);
+    float rescale[2] = {1.0f, 1.0f};
+    const bool rises = state->Exponentiate(s, scale_, rescale);
+    Weights weights;
+    Round(s, weights);
+    Send(weights, rescale);
+    if (rises) state->Rescale(rescale);
+    MultiplyPV(state->o, weights);
+    EndPV(state->o);
   }
 
   /*! \brief The other one: of the steps' weights, in the same order. */
@@ -128,18 +137,9 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
     state->sum[1] = sum.x[1];
   }
 
-  /*! \brief Logits become weights. \param rescale Factors of what was summed before. */
-  __device__ __forceinline__ bool Weigh(Logits& s, const ItemMask<C, Variant>& mask,
-                                        const StepsDown<C, Variant>& steps, State* state,
-                                        float (&rescale)[2]) const {
-    Transform(s, mask, steps.step());
-    if (steps.tile() == TileClass::kMixed) mask.Mask(s, steps.step());
-    rescale[0] = rescale[1] = 1.0f;
-    return state->Exponentiate(s, scale_, rescale);
-  }
-
-  /*! \brief Issue s = Q K^T of the stage at hand. */
-  __device__ __forceinline__ void MultiplyQK(Logits& s, uint32_t queries) const {
+  /*! \brief Issue s = Q K^T of the next stage, once it is there. */
+  __device__ __forceinline__ void MultiplyQK(Logits& s, uint32_t queries) {
+    ptx::MbarrierWait(pipeline_.FullK(k_.slot), k_.phase);
     ptx::WgmmaFence();
 #pragma unroll
     for (int k = 0; k < C::kHeadDimQK / 16; ++k) {
@@ -147,6 +147,7 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
                           C::KTile::Columns(pipeline_.K(k_.slot), 0, k), k > 0);
     }
     ptx::WgmmaCommit();
+    k_.Advance();
   }
 
   /*! \brief Issue o += P V of this warpgroup's columns of the stage at hand. */
@@ -161,7 +162,7 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
 #pragma unroll
       for (int n = 0; n < C::kColumns / 8; n += kTiles) {
         ptx::WgmmaRegisters<T>(reinterpret_cast<float (&)[kTiles][4]>(o[n]), weights[k],
-                               C::KTile::Rows(tile + n / 8 * C::KTile::kPanelBytes, k));
+                               C::KTile::Rows(tile, k, 8 * n));
       }
     }
     ptx::WgmmaCommit();

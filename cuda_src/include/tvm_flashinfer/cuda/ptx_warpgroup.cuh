@@ -46,6 +46,18 @@ __device__ __forceinline__ void FenceAsyncProxy() {
 /*! \brief Wait for this thread's cp.async. */
 __device__ __forceinline__ void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+/*!
+ * \brief True for one thread of a converged warp, always the same one. The compiler knows that it
+ * is one: after a comparison of lanes, it makes a loop over lanes of every instruction that takes
+ * operands of a warp (CopyBox).
+ */
+__device__ __forceinline__ bool ElectOne() {
+  uint32_t elected;
+  asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xffffffff;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+               : "=r"(elected));
+  return elected != 0;
+}
+
 /*! \brief Arrive, and let the phase last until `bytes` more have been copied (CopyBox). */
 __device__ __forceinline__ void MbarrierArriveExpect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)

@@ -65,11 +65,13 @@ struct WarpgroupConfig {
   // waits for the ring.
   static constexpr int kLeadWarp = kBoxes ? 3 : 0;
   static constexpr int kQueryWarps = kBoxes ? 2 : kProducerWarps;  //!< that copy queries, the last
-  static constexpr int kTileWarps = kBoxes ? 1 : 2;  //!< that copy K tiles, and as many V tiles
+  static constexpr int kTileWarps = kBoxes ? 1 : kProducerWarps;   //!< that copy a K or V tile
+  //! Arrivals that fill a tile: every lane's once its copies have ended, or one that expects bytes.
+  static constexpr int kTileArrivals = kBoxes ? 1 : kTileWarps * kWarpSize;
   static constexpr int kThreads = kConsumerThreads + kWarpgroupSize;
-  // Together what the launch gave: 384 threads x 168.
-  static constexpr int kConsumerRegisters = 216;
-  static constexpr int kProducerRegisters = 72;
+  // Together what the launch gave: 384 threads x 168. Gathering keeps a batch of addresses.
+  static constexpr int kConsumerRegisters = kBoxes ? 216 : 208;
+  static constexpr int kProducerRegisters = kBoxes ? 72 : 88;
 
   // Consumers as a grid of kWarpsQ x kSlices warps (block_layout.cuh, mask.cuh).
   static constexpr int kWarpsQ = kConsumerWarps;
@@ -123,7 +125,7 @@ struct LatentConfig {
   static constexpr int kProducerWarps = kWarpgroupSize / kWarpSize;
   static constexpr int kLeadWarp = 3;
   static constexpr int kQueryWarps = 2;
-  static constexpr int kTileWarps = 1;
+  static constexpr int kTileArrivals = 1;
   static constexpr int kThreads = kConsumerThreads + kWarpgroupSize;
   static constexpr int kConsumerRegisters = 216;
   static constexpr int kProducerRegisters = 72;

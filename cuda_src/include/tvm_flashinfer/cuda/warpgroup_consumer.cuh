@@ -65,7 +65,7 @@ class WarpgroupConsumer : private WarpgroupConsumerBase<C, Variant> {
                               pipeline_.Rows(items.slot)[at_.Row(1)]};
     const ItemMask<C, Variant> mask(variant_, info, rows, at_);
     if (steps.step() >= 0) {
-      ptx::MbarrierWait(pipeline_.FullK(k_.slot), k_.phase);
+      AwaitTile(pipeline_.FullK(k_.slot), k_.phase);
       MultiplyQK(s, queries);
       ptx::WgmmaWait<0>();
       ptx::PinRegisters(s);
@@ -96,10 +96,10 @@ class WarpgroupConsumer : private WarpgroupConsumerBase<C, Variant> {
         Round(s, weights);
       };
       for (steps.Next(); steps.step() >= 0; steps.Next()) {
-        ptx::MbarrierWait(pipeline_.FullK(k_.slot), k_.phase);
+        AwaitTile(pipeline_.FullK(k_.slot), k_.phase);
         AwaitTurn();
         MultiplyQK(s, queries);
-        ptx::MbarrierWait(pipeline_.FullV(v_.slot), v_.phase);
+        AwaitTile(pipeline_.FullV(v_.slot), v_.phase);
         MultiplyPV(state.o, weights);
         PassTurn();
         ptx::WgmmaWait<1>();
@@ -113,7 +113,7 @@ class WarpgroupConsumer : private WarpgroupConsumerBase<C, Variant> {
         }
       }
       Release(pipeline_.ItemEmpty(items.slot));
-      ptx::MbarrierWait(pipeline_.FullV(v_.slot), v_.phase);
+      AwaitTile(pipeline_.FullV(v_.slot), v_.phase);
       MultiplyPV(state.o, weights);
       ptx::WgmmaWait<0>();
       ptx::PinRegisters(state.o);
@@ -151,6 +151,10 @@ class WarpgroupConsumer : private WarpgroupConsumerBase<C, Variant> {
     ptx::WgmmaCommit();
   }
 
+  __device__ __forceinline__ static void AwaitTile(uint32_t full, int phase) {
+    ptx::MbarrierWait(full, phase);
+    if constexpr (!C::kBoxes) ptx::FenceAsyncProxy();  // rows come by cp.async
+  }
   __device__ __forceinline__ void AwaitTurn() const {
     ptx::NamedBarrier(kTurnBarrier + group_, C::kConsumerThreads);
   }

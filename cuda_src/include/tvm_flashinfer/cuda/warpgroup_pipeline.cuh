@@ -60,8 +60,8 @@ struct WarpgroupPipeline {
   /*! \brief By one thread, before the block's first barrier. */
   __device__ __forceinline__ void Init() const {
     for (int i = 0; i < C::kStages; ++i) {
-      ptx::MbarrierInit(FullK(i), C::kTileWarps);
-      ptx::MbarrierInit(FullV(i), C::kTileWarps);
+      ptx::MbarrierInit(FullK(i), C::kTileArrivals);
+      ptx::MbarrierInit(FullV(i), C::kTileArrivals);
       ptx::MbarrierInit(EmptyK(i), C::kConsumerWarps);
       ptx::MbarrierInit(EmptyV(i), C::kConsumerWarps);
     }

@@ -12,16 +12,21 @@ namespace cuda {
 
 /*!
  * \brief Matrix descriptor of an operand under a 128-byte swizzle (PTX ISA, "Asynchronous warpgroup
- * level matrix instructions").
+ * level matrix instructions"), `offset` bytes into a tile.
+ *
+ * Addresses of shared memory have 18 bits, so no sum carries into another field, and operands of
+ * one tile differ by one addition: made from scratch, a descriptor takes as long as a small
+ * product.
  * \param panel_bytes From one panel of 64 elements to the next, where those run along the operand's
  * outer (m or n) dimension; unused where they run along k.
  * \param group_bytes From eight rows of a panel to the next eight.
  */
-__device__ __forceinline__ uint64_t WgmmaDescriptor(uint32_t shared, int panel_bytes,
+__device__ __forceinline__ uint64_t WgmmaDescriptor(uint32_t tile, int offset, int panel_bytes,
                                                     int group_bytes) {
-  return static_cast<uint64_t>((shared & 0x3ffff) >> 4) |
-         static_cast<uint64_t>(panel_bytes >> 4) << 16 |
-         static_cast<uint64_t>(group_bytes >> 4) << 32 | uint64_t{1} << 62;
+  const uint32_t low =
+      ((tile & 0x3ffff) >> 4) + static_cast<uint32_t>((offset >> 4) + (panel_bytes >> 4 << 16));
+  const uint32_t high = static_cast<uint32_t>(group_bytes >> 4) | 1u << 30;
+  return uint64_t{high} << 32 | low;
 }
 
 /*!
@@ -46,12 +51,13 @@ struct WgmmaTile {
   }
   /*! \brief Rows from `first_row` on, columns [16 k, 16 k + 16): the columns are summed over. */
   __device__ __forceinline__ static uint64_t Columns(uint32_t tile, int first_row, int k) {
-    return WgmmaDescriptor(tile + first_row / 8 * kGroupBytes + k / 4 * kPanelBytes + k % 4 * 32, 0,
+    return WgmmaDescriptor(tile + first_row / 8 * kGroupBytes, k / 4 * kPanelBytes + k % 4 * 32, 0,
                            kGroupBytes);
   }
-  /*! \brief Rows [16 k, 16 k + 16), all columns: the rows are summed over. */
-  __device__ __forceinline__ static uint64_t Rows(uint32_t tile, int k) {
-    return WgmmaDescriptor(tile + 2 * k * kGroupBytes, kPanelBytes, kGroupBytes);
+  /*! \brief Rows [16 k, 16 k + 16), columns from `first_column` on: the rows are summed over. */
+  __device__ __forceinline__ static uint64_t Rows(uint32_t tile, int k, int first_column = 0) {
+    return WgmmaDescriptor(tile, 2 * k * kGroupBytes + first_column / 64 * kPanelBytes, kPanelBytes,
+                           kGroupBytes);
   }
 };
 
