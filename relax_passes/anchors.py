@@ -33,11 +33,13 @@ LAYOUT_OPS = frozenset(
 )
 #: What a safe softmax puts between the weights and the values.
 _SAFE_OPS = frozenset(["where", "full_like"])
+DROPOUT = "nn.dropout"
 #: Operators whose result is made of several of their input's elements, or of some of them.
 _MIXING_OPS = frozenset(
     [
         "concat",
         "cumprod",
+        DROPOUT,
         "cumsum",
         "dynamic_strided_slice",
         "einsum",
@@ -48,7 +50,6 @@ _MIXING_OPS = frozenset(
         "max",
         "mean",
         "min",
-        "nn.dropout",
         "nn.layer_norm",
         "nn.pad",
         "nn.rms_norm",

@@ -7,7 +7,6 @@ print(explanation.before, explanation.after, explanation.source, sep="\\n\\n")
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import tvm
@@ -16,14 +15,11 @@ from tvm import relax
 from relax_passes.graph import Graph, op_name
 from relax_passes.inject import RUNTIME_FUNCTION, InjectAttention
 from relax_passes.known_shapes import with_known_shapes
+from relax_passes.module_file import ModuleError
 from relax_passes.recognize import find_sites
 from relax_passes.report import Report, SiteReport
 from relax_passes.targets import resolve_target
 from tvm_flashinfer.jit import AttentionSpec, kernel_source
-
-
-class ModuleError(ValueError):
-    """A module, or a number of a site in it, that can't be used; one sentence."""
 
 
 @dataclass(frozen=True)
@@ -137,26 +133,3 @@ def _line(binding: relax.VarBinding) -> str:
     name = binding.var.name
     starts = [n for n, line in enumerate(lines) if line.startswith((f"{name}: ", f"{name} = "))]
     return "\n".join(lines[starts[-1] if starts else 0 :]).strip()
-
-
-def load_module(path: Path) -> tvm.IRModule:
-    """A Relax module from TVMScript, as ``mod.script(show_meta=True)`` writes it.
-
-    Raises
-    ------
-    ModuleError
-        The file isn't one.
-    """
-    if path.suffix != ".py":
-        raise ModuleError(f"{str(path)!r} is no module; accepted is TVMScript, in a .py file.")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        # TVM's parser knows T, R and I, and takes no import of them.
-        kept = [line for line in lines if not line.startswith("from tvm.script import")]
-        mod = tvm.script.from_source("\n".join(kept))
-    except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModuleError(f"{str(path)!r} can't be read as TVMScript: {line}.") from error
-    if not isinstance(mod, tvm.IRModule):
-        raise ModuleError(f"{str(path)!r} holds a {type(mod).__name__}, not a module.")
-    return mod

@@ -15,7 +15,7 @@ what real models contain; ``torch.export`` with its default decompositions adds 
 - Linear layers of float16 and bfloat16 give float32, to which a bias can't be added.
 - Constant indices below 0, as in ``x[:, :, [-1]]`` (Falcon), read out of bounds.
 
-Training mode is refused: TVM's importer drops dropout without a word.
+Training mode and dropout are refused: TVM's importer drops dropout without a word.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def from_torch(
     Raises
     ------
     ValueError
-        The module is in training mode.
+        The module is in training mode, or the program has dropout that isn't off.
     """
     import torch
     from tvm.relax.frontend.torch import from_exported_program
@@ -76,6 +76,7 @@ def from_torch(
             program = torch.export.export(
                 source, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes
             )
+    _refuse_dropout(program)
     table = torch.export.default_decompositions()
     table.pop(torch.ops.aten.scaled_dot_product_attention.default, None)
     mod = from_exported_program(
@@ -88,6 +89,18 @@ def from_torch(
     main = mod.get_global_var("main")
     mod.update_func(main, WrapIndices(mod).visit_expr(mod[main]))
     return mod
+
+
+def _refuse_dropout(program: Any) -> None:
+    """A sentence for the first dropout that is on: ``aten.*dropout*(x, p, train)``."""
+    for node in program.graph.nodes:
+        if "dropout" in str(node.target) and node.op == "call_function":
+            p, train = (*node.args[1:], *node.kwargs.values())[:2]
+            if p and train:
+                raise ValueError(
+                    f"{node.target} with p={p} in training mode, which TVM's importer drops; "
+                    "accepted are programs of modules in eval mode: model.eval()."
+                )
 
 
 def attention_convert_map() -> Converters:

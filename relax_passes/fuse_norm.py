@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import tvm
 from tvm import relax
+from tvm.ir import GenericConst
 from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.script import tirx as T
 
@@ -99,7 +101,7 @@ def _match(graph: Graph, var: Any) -> _Norm | None:
         return None
     for weight, scaled in (call.args, tuple(reversed(call.args))):
         shape = shape_of(weight)
-        if not isinstance(weight, relax.Var) or shape is None or len(shape) != 1:
+        if not isinstance(weight, relax.Var | GenericConst) or shape is None or len(shape) != 1:
             continue
         inner = _strip_cast(graph, scaled)
         if op_name(inner) != "multiply":
@@ -253,6 +255,7 @@ def _has(attrs: Any) -> bool:
     return attrs is not None and "tir_var_upper_bound" in attrs
 
 
+@functools.cache  # parsed once: TVMScript takes some 60 ms
 def _kernel(
     width: int, x_dtype: str, dtype: str, epsilon: float, residual: bool, elements: float
 ) -> Any:

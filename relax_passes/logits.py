@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from tvm.ir import GenericConst
 
 from relax_passes.elements import Apply, Const, Element, Load
 from relax_passes.graph import is_float
@@ -224,6 +225,9 @@ def is_float_element(element: Element) -> bool:
 
 
 def _is_zero(element: Element) -> bool:
+    """Zero, or an element of a constant of zeros, as torch's ONNX exporter adds for no mask."""
+    if isinstance(element, Load) and isinstance(element.tensor, GenericConst):
+        return not element.tensor.value.numpy().any()
     return isinstance(element, Const) and element.value == 0
 
 

@@ -291,6 +291,7 @@ def lower_pipeline(
     @tvm.transform.module_pass(opt_level=0, name="LowerForCPU")
     def run(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         passes = [
+            relax.transform.EliminateCommonSubexpr(),  # what layers share is folded once
             PatchesToLinear(),
             DispatchLinear(target),
             FuseRMSNorm(),

@@ -22,6 +22,7 @@ from tvm import relax, tirx
 
 from relax_passes.anchors import (
     ATTENTION_OPS,
+    DROPOUT,
     SOFTMAX_OPS,
     Anchor,
     find_anchor,
@@ -50,6 +51,9 @@ from relax_passes.operands import SiteAxes
 from relax_passes.prim import mentions
 from relax_passes.sinks import split_sink
 from relax_passes.views import find_view
+
+#: Relax's operator stands for dropout in training mode.
+_DROPPED = f"dropped at random: the graph has {DROPOUT!r}"
 
 
 def find_sites(func: relax.Function, graph: Graph | None = None) -> list[AttentionSite]:
@@ -191,6 +195,8 @@ def _product_of(graph: Graph, anchor: Anchor) -> _Product:
 
 def _prove_softmax_site(view: ElementView, site: AttentionSite, anchor: Anchor) -> None:
     graph = view.graph
+    if DROPOUT in anchor.through:
+        raise NotProvenError(f"the attention weights are {_DROPPED}")
     product = _product_of(graph, anchor)
     site.query_length, site.key_length = product.shape[-2:]
     source = anchor.binding.value.args[0]
@@ -258,7 +264,10 @@ def _prove_in_frame(
         score = logits.read(formula, target, view.same)
     except NoScoreError:
         mixing = mixing_operator(graph, source)
-        why = f"f mixes keys: it has {mixing!r}" if mixing else "no product below the softmax"
+        if mixing == DROPOUT:
+            why = f"scores are {_DROPPED}"
+        else:
+            why = f"f mixes keys: it has {mixing!r}" if mixing else "no product below the softmax"
         raise NotProvenError(why) from None
     left, right = graph.value[target].args
     row, column = score.index[-2:]

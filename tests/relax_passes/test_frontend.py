@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from tvm.relax.frontend.torch import from_exported_program
 
 from relax_passes.frontend import from_torch
 from relax_passes.graph import op_name
@@ -71,6 +72,29 @@ def test_dropout_is_refused() -> None:
     args = CALLS["scale"][1]
     with pytest.raises(ValueError, match=r"dropout_p=0.5; accepted is 0"):
         from_torch(Attention(dropout_p=0.5).eval(), args)
+
+
+class Dropped(torch.nn.Module):
+    """Attention whose weights are dropped at random, as torch.nn.Dropout does."""
+
+    def __init__(self, p: float = 0.5, training: bool = True) -> None:
+        super().__init__()
+        self.options = {"p": p, "training": training}
+
+    def forward(self, q: Any, k: Any, v: Any) -> Any:
+        return F.dropout((q @ k.transpose(-1, -2)).softmax(-1), **self.options) @ v
+
+
+def test_dropout_of_an_exported_program_is_refused() -> None:
+    """TVM's importer makes a graph without it, which no pass can tell from an eval mode's."""
+    args = CALLS["scale"][1]
+    program = torch.export.export(Dropped(), args)
+    assert "dropout" not in from_exported_program(program)["main"].script()
+    with pytest.raises(ValueError, match=r"dropout.default with p=0.5 in training mode"):
+        from_torch(program)
+    for off in ({"p": 0.0}, {"training": False}):
+        _, report = zoo.inject(from_torch(torch.export.export(Dropped(**off), args)))
+        assert [site.reason for site in report.sites] == [""]
 
 
 #: What TVM's own importer, or torch's decomposition for it, does with these: see test_zoo.

@@ -66,6 +66,21 @@ def test_rms_norm(dtype: str, residual: bool) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+def test_rms_norm_with_constant_weights() -> None:
+    """As where an importer binds them: each layer's kernel is the same."""
+    weights = [values("float32", WIDTH, seed=s) for s in (1, 2)]
+
+    def body(g: Graph, x: relax.Var) -> Any:
+        return norm(g, g.add(x, norm(g, x, relax.const(weights[0]))), relax.const(weights[1]))
+
+    module = tvm.IRModule({"main": build(body, tensor("x", 2, ROWS, WIDTH))})
+    fused = FuseRMSNorm()(module)
+    assert {gvar.name_hint for gvar in fused.functions} == {"main", "rms_norm", "add_rms_norm"}
+    assert "rsqrt" not in fused["main"].script()
+    x = values("float32", 2, 5, WIDTH)
+    np.testing.assert_allclose(run(fused, x)[0], run(module, x)[0], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "change",
     [

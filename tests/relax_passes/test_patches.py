@@ -1,4 +1,4 @@
-"""A convolution without overlap is a linear layer; others stay."""
+"""Convolutions that become linear layers, and others, which stay, give what PyTorch gives."""
 
 from __future__ import annotations
 
@@ -45,4 +45,36 @@ def test_patches(window: tuple[int, int], options: dict[str, Any], linear: bool)
     settings = {"stride" if name == "strides" else name: v for name, v in options.items()}
     wide = [torch.tensor(a.astype("float64")) for a in (x, weight)]
     want = torch.nn.functional.conv2d(*wide, **settings).numpy()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("window", "options", "linear"),
+    [
+        (3, {"padding": 1}, True),
+        (3, {"padding": 1, "strides": 2}, True),
+        (4, {"strides": 3}, True),
+        (1, {}, True),
+        (11, {}, True),
+        (3, {"dilation": 2}, False),
+        (3, {"groups": 3}, False),
+    ],
+    ids=["same length", "half", "a rest", "one", "all but one", "dilation", "groups"],
+)
+def test_windows_of_a_sequence(window: int, options: dict[str, int], linear: bool) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 6, 12)).astype("float32")
+    weight = rng.normal(size=(9, 6 // options.get("groups", 1), window)).astype("float32")
+
+    def body(g: Graph, x: relax.Var) -> relax.Var:
+        return g.conv1d(x, relax.const(weight), **options)
+
+    module = tvm.IRModule({"main": build(body, tensor("x", 2, 6, 12))})
+    assert ("R.matmul" in PatchesToLinear()(module)["main"].script()) == linear
+    target = native_target()
+    executable = tvm.compile(module, target=target, relax_pipeline=lower_pipeline(target))
+    got = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
+    settings = {"stride" if name == "strides" else name: v for name, v in options.items()}
+    wide = [torch.tensor(a.astype("float64")) for a in (x, weight)]
+    want = torch.nn.functional.conv1d(*wide, **settings).numpy()
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)

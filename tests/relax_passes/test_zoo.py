@@ -65,13 +65,14 @@ def check(name: str, attention: str, *, dynamic: bool) -> None:
     model, args = zoo.ZooModel(name, attention), zoo.example(name)
     with torch.no_grad():
         want = model(*args).numpy()
-    mod, report = zoo.inject(zoo.import_module(model, args, dynamic=dynamic))
+    before = zoo.import_module(model, args, dynamic=dynamic)
+    mod, report = zoo.inject(before)
     assert [s.reason for s in report.sites] == [""] * len(SITES[name, attention])
     assert [(s.variant, s.mask) for s in report.sites] == SITES[name, attention]
-    if not dynamic:
-        length = zoo.SIZE.tokens(name)
-        scores = zoo.BATCH * zoo.HEADS * length * length
-        assert zoo.attention_sized(mod, length, length, scores) == []
+    length = zoo.SIZE.tokens(name)
+    scores = zoo.BATCH * zoo.HEADS * length * length
+    assert zoo.attention_sized(before, length, length, scores), "which an attention left alone has"
+    assert zoo.attention_sized(mod, length, length, scores) == []
     assert zoo.distance(zoo.run(mod, args), want) <= 1e-5
 
 
@@ -115,6 +116,13 @@ def test_without_a_mask_a_symbolic_length_is_causal() -> None:
     mod, report = zoo.inject(from_torch(model, args, dynamic_shapes=({1: length},)))
     assert [(s.reason, s.variant, s.mask) for s in report.sites] == [("", "softmax", "causal")] * 2
     assert zoo.distance(zoo.run(mod, args), want) <= 1e-5
+
+
+@heavy
+@pytest.mark.parametrize("name", ["bloom", "gemma2", "mpt"])
+def test_transformers_has_no_sdpa(name: str) -> None:
+    with pytest.raises(ValueError, match="does not support an attention implementation"):
+        zoo.ZooModel(name, "sdpa")
 
 
 @heavy
@@ -174,37 +182,59 @@ class SelfAttention(torch.nn.Module):
         return self.inner(x, x, x, **self.options)[0]
 
 
-MODULES: dict[str, tuple[Any, int]] = {
-    "mha": (lambda: SelfAttention(need_weights=False), 1),
-    "mha-weights": (lambda: SelfAttention(need_weights=True, average_attn_weights=False), 1),
-    "encoder": (
-        lambda: torch.nn.TransformerEncoderLayer(64, zoo.HEADS, 64, batch_first=True),
+class CausalDecoder(torch.nn.Module):
+    """A stack of decoder layers, with a causal mask for its own attention."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        layer = torch.nn.TransformerDecoderLayer(64, zoo.HEADS, 64, batch_first=True)
+        self.inner = torch.nn.TransformerDecoder(layer, layers)
+        self.register_buffer("mask", torch.nn.Transformer.generate_square_subsequent_mask(LONG))
+
+    def forward(self, x: Any, memory: Any) -> Any:
+        return self.inner(x, memory, tgt_mask=self.mask, tgt_is_causal=True)
+
+
+def encoder(layers: int) -> torch.nn.Module:
+    layer = torch.nn.TransformerEncoderLayer(64, zoo.HEADS, 64, batch_first=True)
+    return torch.nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+
+#: Queries, and keys of a cross attention: more tokens than a head has elements.
+LONG, OTHER = 24, 19
+PLAIN = ("softmax", "none")
+#: module: (how it is made, its sites, how many inputs it takes)
+MODULES: dict[str, tuple[Any, list[tuple[str, str]], int]] = {
+    "mha": (lambda: SelfAttention(need_weights=False), [PLAIN], 1),
+    "mha-weights": (
+        lambda: SelfAttention(need_weights=True, average_attn_weights=False),
+        [PLAIN],
         1,
     ),
+    "encoder": (lambda: encoder(2), [PLAIN] * 2, 1),
+    "decoder": (
+        lambda: torch.nn.TransformerDecoderLayer(64, zoo.HEADS, 64, batch_first=True),
+        [PLAIN] * 2,
+        2,
+    ),
+    "decoder-causal": (lambda: CausalDecoder(2), [("softmax", "causal"), PLAIN] * 2, 2),
 }
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[heavy] if "decoder" in name else []) for name in MODULES]
+)
 def test_torch_module(name: str) -> None:
-    make, sites = MODULES[name]
+    make, sites, inputs = MODULES[name]
     torch.manual_seed(0)
-    module, args = make().eval(), (torch.randn(2, zoo.LENGTH, 64),)
+    module = make().eval()
+    args = (torch.randn(2, LONG, 64), torch.randn(2, OTHER, 64))[:inputs]
     with torch.no_grad():
         want = module(*args).numpy()
     mod, report = zoo.inject(zoo.import_module(module, args))
-    assert [s.rewritten for s in report.sites] == [True] * sites
-    assert zoo.distance(zoo.run(mod, args), want) <= 1e-5
-
-
-@heavy
-def test_torch_decoder_layer() -> None:
-    torch.manual_seed(0)
-    module = torch.nn.TransformerDecoderLayer(64, zoo.HEADS, 64, batch_first=True).eval()
-    args = (torch.randn(2, 12, 64), torch.randn(2, 9, 64))
-    with torch.no_grad():
-        want = module(*args).numpy()
-    mod, report = zoo.inject(zoo.import_module(module, args))
-    assert [s.rewritten for s in report.sites] == [True, True]
+    assert [(s.reason, s.variant, s.mask) for s in report.sites] == [("", *s) for s in sites]
+    for keys in (LONG, OTHER):
+        assert zoo.attention_sized(mod, LONG, keys, 2 * zoo.HEADS * LONG * keys) == []
     assert zoo.distance(zoo.run(mod, args), want) <= 1e-5
 
 

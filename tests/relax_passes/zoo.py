@@ -55,14 +55,24 @@ def distance(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def attention_sized(mod: tvm.IRModule, queries: int, keys: int, least: int) -> list[str]:
-    """Variables of [.., queries, keys] with at least ``least`` elements."""
+    """Variables of [.., queries, keys] with at least ``least`` elements.
+
+    Symbolic lengths count as LENGTH.
+    """
     found = []
     for block in mod["main"].body.blocks:
         for binding in block.bindings:
             ty = binding.var.ty
             if not isinstance(ty, relax.TensorType) or ty.ndim < 3:
                 continue
-            shape = [int(n) if hasattr(n, "value") else -1 for n in ty.shape.values]
+            shape = [_extent(n) for n in ty.shape.values]
             if shape[-2:] == [queries, keys] and np.prod(shape) >= least:
                 found.append(binding.var.name)
     return found
+
+
+def _extent(size: Any) -> int:
+    analyzer = tvm.sym.Analyzer()
+    for var in tvm.tirx.analysis.undefined_vars(size):
+        analyzer.bind(var, tvm.tirx.IntImm("int64", LENGTH))
+    return int(analyzer.simplify(size))

@@ -204,6 +204,7 @@ class ZooModel(torch.nn.Module):
     def __init__(self, name: str, attention: str, size: Size | None = None) -> None:
         super().__init__()
         config_class, model_class, options = architectures(size or Size())[name]
+        hidden = (size or Size()).hidden
         config = getattr(transformers, config_class)(**options)
         config._attn_implementation = attention
         if name == "whisper_encoder":
@@ -215,10 +216,13 @@ class ZooModel(torch.nn.Module):
         self.kind = name
         self.cached = model_class.endswith(_CAUSAL)
         torch.manual_seed(0)
+        # Scores of T5 aren't scaled: with this spread they don't grow with the width, where
+        # float32 itself, PyTorch's too, would be off by a thousandth.
+        spread = 12.8 / hidden
         with torch.no_grad():
             for parameter in self.model.parameters():
                 if parameter.ndim > 1:
-                    parameter.normal_(0, 0.2)
+                    parameter.normal_(0, spread)
         self.eval()
 
     def forward(self, x: Any, mask: Any = None) -> Any:

@@ -243,7 +243,8 @@ def inspect(
         Path,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A local Hugging Face model directory, or a Relax module as TVMScript (.py).",
+            help="A local Hugging Face model directory; or a .py file: a Relax module as "
+            "TVMScript, or a script that leaves one in its variable mod.",
             show_default=False,
         ),
     ],
@@ -262,7 +263,7 @@ def inspect(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what the pass finds in a checkpoint: one row per attention site."""
+    """Show what the pass finds in a model: one row per attention site."""
     from .inspect import run_inspect
 
     draw = [path.with_suffix(".svg") for path in (svg,) if path is not None]

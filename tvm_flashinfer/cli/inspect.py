@@ -27,7 +27,8 @@ def run_inspect(
     explanation = None
     with Stages() as stages:
         stages("load the compiler")
-        from relax_passes.explain import explain, inspect_module, load_module
+        from relax_passes.explain import explain, inspect_module
+        from relax_passes.module_file import load_module
 
         if source.is_file():
             stages("read the module")
