@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from models import config
+from story_model import CHECKPOINT
 
 
 def mlc(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,3 +42,22 @@ def test_a_failure_of_mlc_llm_is_shown_as_its_own(model: str) -> None:
     done = mlc(*shared, "--quantization", "q0f32")
     assert done.returncode == 1
     assert "TypeError" in done.stderr and "tvm-flashinfer's" not in done.stderr
+
+
+def test_what_needs_their_library_says_so(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling and converting don't: see test_without_their_library."""
+    monkeypatch.setenv("MLC_LIBRARY_PATH", str(Path(model).parent))
+    for command in ("chat", "gen_config"):
+        done = mlc(command, model)
+        assert done.returncode == 2
+        assert f"error: mlc_llm {command} needs libmlc_llm_module.so" in done.stderr
+
+
+def test_without_their_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are converted; mlc_llm looks for devices in a process that is bridged as well."""
+    monkeypatch.setenv("MLC_LIBRARY_PATH", str(tmp_path))
+    checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
+    shared = ["--model-type", "llama", "--quantization", "q4f32_1", "-o", str(tmp_path / "model")]
+    done = mlc("convert_weight", str(checkpoint), "--device", "cpu", *shared)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model" / "params_shard_0.bin").is_file()

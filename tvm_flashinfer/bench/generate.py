@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import statistics
 import time
 from collections.abc import Iterator
@@ -84,6 +85,9 @@ def run(context: Context, shape: Shape | None = None) -> None:
         context.report.skipped[SUITE] = f"it measures the cpu, not {context.device}"
         return
     if not wanted and not context.wants(decode_case):
+        return
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
+        context.report.skipped[SUITE] = "not installed: pip install 'tvm-flashinfer[torch]'"
         return
     context.progress("make a random checkpoint")
     context.report.machine["model"] = dataclasses.asdict(shape)

@@ -8,6 +8,7 @@ is measured too.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -32,6 +33,7 @@ __all__ = ["LLAMA", "Subject", "run"]
 SUITE = "mlc"
 _PROCESS = "tvm_flashinfer.bench.mlc_process"
 PEER = "tvm-cache"
+MODEL = ("--model-type", "llama", "--quantization", "q0f32")
 LLAMA = Shape(
     layers=2, hidden=2048, heads=32, kv_heads=8, intermediate=2816, vocab=1024, context=2048
 )
@@ -51,10 +53,13 @@ def run(context: Context, shape: Shape = LLAMA) -> None:
         return
     if not context.wants(steps) and not context.wants(engine):
         return
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
+        context.report.skipped[SUITE] = "not installed: pip install 'tvm-flashinfer[torch]'"
+        return
     context.report.machine["model"] = dataclasses.asdict(shape)
-    checkpoint, model = context.folder / "checkpoint", context.folder / "model"
+    checkpoint = context.folder / "checkpoint"
     try:
-        libraries = _compile(context, shape, checkpoint, model)
+        libraries = _compile(context, shape, checkpoint)
     except _MLCError as error:
         context.report.skipped[SUITE] = str(error)
         return
@@ -62,7 +67,9 @@ def run(context: Context, shape: Shape = LLAMA) -> None:
         _step_rows(context, shape, libraries, steps)
     if context.wants(engine):
         try:
-            _engine_rows(context, checkpoint, model, libraries, engine)
+            model = context.folder / "model"
+            _convert(context, shape, checkpoint, model)
+            _engine_rows(context, model, libraries, engine)
         except _MLCError as error:
             context.report.skipped[engine] = str(error)
 
@@ -83,27 +90,42 @@ def _mlc(module: str, *arguments: object) -> str:
     return done.stdout
 
 
-def _compile(context: Context, shape: Shape, checkpoint: Path, model: Path) -> dict[str, Path]:
-    """The libraries by cache, in the folder ``model``, which has no weights yet."""
+def _compile(context: Context, shape: Shape, checkpoint: Path) -> dict[str, Path]:
+    """The libraries by cache."""
     _mlc("tvm_flashinfer", "mlc", "--help")  # is it there?
     context.progress("make a random checkpoint")
     make_checkpoint(shape, checkpoint)
-    _write_tokenizer(shape, checkpoint)
-    sizes = ["--context-window-size", 2 * shape.context, "--prefill-chunk-size", CHUNK]
-    sizes += ["--max-batch-size", 1, "--conv-template", "LM"]
-    _mlc("tvm_flashinfer", "mlc", "gen_config", *_model(checkpoint, model), *sizes)
+    overrides = ";".join(f"{name}={value}" for name, value in _sizes(shape).items())
     libraries = {}
     for cache in ("ours", "tvm"):
         context.progress(f"compile it over {'our' if cache == 'ours' else 'TVM'} cache")
-        libraries[cache] = model / f"{cache}.so"
-        config = model / "mlc-chat-config.json"
-        arguments = ["compile", cache, config, "--device", "llvm", "-o", libraries[cache]]
-        _mlc(_PROCESS, *arguments)
+        libraries[cache] = context.folder / f"{cache}.so"
+        arguments = [checkpoint / "config.json", *MODEL, "--overrides", overrides]
+        arguments += ["--device", "llvm", "-o", libraries[cache]]
+        _mlc(_PROCESS, "compile", cache, *arguments)
     return libraries
 
 
-def _model(checkpoint: Path, model: Path) -> list[object]:
-    return [checkpoint, "--model-type", "llama", "--quantization", "q0f32", "-o", model]
+def _sizes(shape: Shape) -> dict[str, int]:
+    return {
+        "context_window_size": 2 * shape.context,
+        "prefill_chunk_size": CHUNK,
+        "max_batch_size": 1,
+    }
+
+
+def _convert(context: Context, shape: Shape, checkpoint: Path, model: Path) -> None:
+    """The folder that MLCEngine takes."""
+    context.progress("convert weights")
+    _write_tokenizer(shape, checkpoint)
+    sizes = [
+        text
+        for name, value in _sizes(shape).items()
+        for text in (f"--{name.replace('_', '-')}", value)
+    ]
+    made = [checkpoint, *MODEL, "-o", model]
+    _mlc("tvm_flashinfer", "mlc", "gen_config", *made, "--conv-template", "LM", *sizes)
+    _mlc("tvm_flashinfer", "mlc", "convert_weight", *made, "--device", "cpu")
 
 
 def _write_tokenizer(shape: Shape, folder: Path) -> None:
@@ -197,12 +219,7 @@ def _step_rows(context: Context, shape: Shape, libraries: dict[str, Path], case:
         _add(context, case, metric, values, 1e3 * floor / bandwidth, len(seconds["ours"]))
 
 
-def _engine_rows(
-    context: Context, checkpoint: Path, model: Path, libraries: dict[str, Path], case: str
-) -> None:
-    context.progress("convert weights")
-    convert = ["mlc", "convert_weight", *_model(checkpoint, model), "--device", "cpu"]
-    _mlc("tvm_flashinfer", *convert)
+def _engine_rows(context: Context, model: Path, libraries: dict[str, Path], case: str) -> None:
     found: dict[str, dict[str, float]] = {}
     for cache, library in libraries.items():
         context.progress(f"MLCEngine: {cache}")

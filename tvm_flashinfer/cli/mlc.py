@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from ..errors import UserError
 
-#: Subcommands that run a model, for which mlc_llm's C++ library is needed.
-NEED_LIBRARY = ("chat", "serve", "router", "calibrate")
+#: Subcommands that run a model or read a tokenizer, for which mlc_llm's C++ library is needed.
+NEED_LIBRARY = ("chat", "serve", "router", "calibrate", "gen_config")
 
 
 def run_mlc(arguments: Sequence[str]) -> None:
@@ -22,8 +22,8 @@ def run_mlc(arguments: Sequence[str]) -> None:
     if command in NEED_LIBRARY and "--help" not in arguments and library_file() is None:
         raise UserError(
             f"mlc_llm {command} needs libmlc_llm_module.so, which isn't built; build it as "
-            "https://llm.mlc.ai/docs/install/mlc_llm.html says. `tvm-flashinfer mlc compile`, "
-            "`convert_weight` and `gen_config` work without it"
+            "https://llm.mlc.ai/docs/install/mlc_llm.html says. `tvm-flashinfer mlc compile` and "
+            "`convert_weight` work without it"
         )
     before = sys.argv
     sys.argv = ["mlc_llm", *arguments]

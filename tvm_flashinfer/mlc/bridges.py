@@ -393,7 +393,7 @@ BRIDGES = (
     ),
     Bridge(
         "libmlc_llm_module.so",
-        "not built: compiling works, chat and serve need it",
+        "not built: compile and convert_weight work, what runs a model needs it",
         lambda: library_file() is None,
         _skip_library,
     ),

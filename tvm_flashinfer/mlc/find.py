@@ -14,7 +14,7 @@ ENV_PATH = "TVM_FLASHINFER_MLC_LLM_PATH"
 
 
 class MLCNotFoundError(UserError, ImportError):
-    """mlc_llm can't be imported; the message says how to get it."""
+    """mlc_llm can't be imported, or used; the message says what to do."""
 
 
 def put_on_path() -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 from .. import _library
 from . import attention, bridges, experts
-from .find import MLCNotFoundError, mlc_llm_folder
+from .find import MLCNotFoundError, mlc_llm_folder, mlc_llm_version
 
-#: Passes of mlc_llm's pipeline that were replaced, by name: to be put back by :func:`uninstall`.
-_replaced: dict[str, Any] = {}
+#: What was replaced, by module and name: to be put back by :func:`uninstall`.
+_replaced: dict[tuple[str, str], Any] = {}
 
 
 def install() -> None:
@@ -23,7 +24,7 @@ def install() -> None:
     Raises
     ------
     MLCNotFoundError
-        mlc_llm isn't there, or lacks something it needs.
+        mlc_llm isn't there, lacks something it needs, or is another than those that were tried.
     """
     if _replaced:
         return
@@ -31,37 +32,48 @@ def install() -> None:
     _library.load()
     bridges.apply()
     try:
-        from mlc_llm import op
-        from mlc_llm.compiler_pass import pipeline
-        from mlc_llm.interface import jit
+        modules = {name: importlib.import_module(name) for name, _, _ in _replacements()}
+        bridges.apply_late()
     except ImportError as error:
         raise MLCNotFoundError(
             f"mlc_llm can't be imported: {error}; install what its requirements.txt names"
         ) from error
-    bridges.apply_late()
-    _replace(pipeline, "DispatchKVCacheCreation", _dispatch_kv_cache)
-    _replace(pipeline, "FuseTransposeMatmul", _after_ours(pipeline.FuseTransposeMatmul))
-    allocate = pipeline.AttachCUDAGraphAllocInitFunc
-    _replace(pipeline, "AttachCUDAGraphAllocInitFunc", _after_keys(allocate))
-    _replace(jit, "subprocess", _OurSubprocess())
-    _replace(op, "attention", attention.in_place_of(op.attention))
-    _replace(op.moe_misc, "_gating_topk_init_local_top_k", experts.init_top_k)
-    for ours in (experts.group_gemm, experts.dequantize_group_gemm):
-        theirs = getattr(op.moe_matmul, ours.__name__)
-        _replace(op.moe_matmul, ours.__name__, _on_cpu(ours, theirs))
+    for module, name, _ in _replacements():
+        if not hasattr(modules[module], name):
+            raise MLCNotFoundError(
+                f"{module} has no {name}, which tvm_flashinfer has something in place of: mlc_llm "
+                f"{mlc_llm_version()} in {mlc_llm_folder()} is another than docs/mlc.md says"
+            )
+    for module, name, ours in _replacements():
+        theirs = _replaced[module, name] = getattr(modules[module], name)
+        setattr(modules[module], name, ours(theirs))
 
 
 def uninstall() -> None:
     """Give mlc_llm its own passes back; bridges stay."""
-    for path, value in _replaced.items():
-        module, _, name = path.rpartition(".")
-        setattr(sys.modules[module], name, value)
+    for (module, name), theirs in _replaced.items():
+        setattr(sys.modules[module], name, theirs)
     _replaced.clear()
 
 
-def _replace(module: ModuleType, name: str, value: Any) -> None:
-    _replaced[f"{module.__name__}.{name}"] = getattr(module, name)
-    setattr(module, name, value)
+#: Modules that start mlc_llm: its compiler, for a model without a library; a look for devices; its
+#: server, for the router.
+_STARTERS = ("interface.jit", "support.auto_device", "serve.server.popen_server")
+
+
+def _replacements() -> list[tuple[str, str, Callable[[Any], Any]]]:
+    """Module, name, and what is to be there: made of what is there."""
+    pipeline, matmul = "mlc_llm.compiler_pass.pipeline", "mlc_llm.op.moe_matmul"
+    return [
+        (pipeline, "DispatchKVCacheCreation", lambda _: _dispatch_kv_cache),
+        (pipeline, "FuseTransposeMatmul", _after_ours),
+        (pipeline, "AttachCUDAGraphAllocInitFunc", _after_keys),
+        *((f"mlc_llm.{name}", "subprocess", lambda _: _OurSubprocess()) for name in _STARTERS),
+        ("mlc_llm.op", "attention", attention.in_place_of),
+        ("mlc_llm.op.moe_misc", "_gating_topk_init_local_top_k", lambda _: experts.init_top_k),
+        (matmul, "group_gemm", partial(_on_cpu, experts.group_gemm)),
+        (matmul, "dequantize_group_gemm", partial(_on_cpu, experts.dequantize_group_gemm)),
+    ]
 
 
 def _on_cpu(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,14 +156,33 @@ def _where_captured(wanted: Any) -> Any:
 
 
 class _OurSubprocess:
-    """``subprocess`` for mlc_llm.interface.jit: the compiler it starts is ours as well."""
+    """``subprocess``, for modules that start mlc_llm again: with our attention and bridges."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(subprocess, name)
 
     @staticmethod
     def run(command: list[str], **options: Any) -> Any:
-        theirs = [sys.executable, "-m", "mlc_llm"]
-        if command[:3] == theirs:
-            command = [sys.executable, "-m", "tvm_flashinfer", "mlc", *command[3:]]
-        return subprocess.run(command, **options)
+        return subprocess.run(_with_ours(command), **options)
+
+    @staticmethod
+    def Popen(command: list[str], **options: Any) -> Any:
+        return subprocess.Popen(_with_ours(command), **options)
+
+
+def _with_ours(command: list[str]) -> list[str]:
+    """``python -m mlc_llm…`` after an import of this package; another command as it is."""
+    if len(command) < 3 or command[:2] != [sys.executable, "-m"]:
+        return command
+    module, arguments = command[2], command[3:]
+    if module == "mlc_llm":
+        return [sys.executable, "-m", "tvm_flashinfer", "mlc", *arguments]
+    if module.startswith("mlc_llm."):
+        return [sys.executable, "-c", _RUN_MODULE, module, *arguments]
+    return command
+
+
+_RUN_MODULE = """
+import runpy, sys, tvm_flashinfer.mlc
+runpy.run_module(sys.argv.pop(1), run_name="__main__")
+"""
