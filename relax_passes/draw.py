@@ -20,7 +20,10 @@ from relax_passes.report import SiteReport
 #: Queries and keys of the picture of a mask.
 _CELLS = 24
 _ROW, _WIDTH = 1.25, 9.0
-_DONE, _LEFT, _PLAIN = "#d8ecd9", "#f6d9d5", "#eef1f6"
+_DONE, _LEFT = "#d8ecd9", "#f6d9d5"
+_LEGEND = (
+    "blue: keys, left to right, that queries, top to bottom, see; hatched: a tensor decides too"
+)
 
 
 @dataclass
@@ -49,6 +52,7 @@ def draw(mod: tvm.IRModule, path: Path, title: str = "") -> None:
     axes.set_ylim(-_ROW * max(1, len(rows)) - 0.55, 0.45)
     axes.axis("off")
     axes.set_title(title, loc="left", fontsize=11)
+    axes.text(_WIDTH, 0.3, _LEGEND, fontsize=6.5, color="#555", ha="right", va="center")
     for number, row in enumerate(rows):
         _draw_row(axes, row, -_ROW * number)
     _between(axes, tail or "no attention", -_ROW * len(rows))
@@ -125,7 +129,7 @@ def _draw_row(axes: Any, row: _Row, top: float) -> None:
     number = f"{site.layer}" if row.last == site.layer else f"{site.layer}-{row.last}"
     axes.text(0.35, bottom + height * 0.68, number, fontsize=11, weight="bold", va="center")
     axes.text(1.2, bottom + height * 0.68, site.variant, fontsize=10, weight="bold", va="center")
-    heads = f"{site.num_qo_heads} query heads on {site.num_kv_heads}, of {site.head_dim}"
+    heads = f"{site.num_qo_heads} query and {site.num_kv_heads} KV heads of {site.head_dim}"
     detail = f"mask: {site.mask}   ·   {heads}   ·   {site.dtype}   ·   scale {site.sm_scale:.4g}"
     text = detail if site.rewritten else f"left alone: {site.reason}"
     axes.text(1.2, bottom + height * 0.26, text, fontsize=7.5, va="center")

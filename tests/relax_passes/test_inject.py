@@ -13,6 +13,8 @@ import pytest
 import tvm
 from graphs import DIM, HEADS, Graph, build, causal_attention, indices, qkv, scores, tensor
 from tvm import relax
+from tvm.script import ir as I
+from tvm.script import relax as R
 from tvm_ffi import structural_equal
 
 import relax_passes.pipeline  # noqa: F401  (registers the pipelines)
@@ -125,6 +127,29 @@ def test_left_alone(body: Any, reason: str) -> None:
     (site,) = report.sites
     assert not site.rewritten
     assert reason in site.reason
+
+
+@I.ir_module
+class Branches:
+    @R.function
+    def main(
+        early: R.Tensor((), "bool"),
+        q: R.Tensor((1, 4, 12, 8), "float32"),
+        k: R.Tensor((1, 4, 12, 8), "float32"),
+        v: R.Tensor((1, 4, 12, 8), "float32"),
+    ) -> R.Tensor((1, 4, 12, 8), "float32"):
+        if early:
+            out = v
+        else:
+            scores = R.matmul(q, R.permute_dims(k, [0, 1, 3, 2]))
+            out = R.matmul(R.nn.softmax(scores), v)
+        return out
+
+
+def test_conditional_is_left_alone() -> None:
+    new, report = inject(Branches)
+    assert structural_equal(new["main"], Branches["main"])
+    assert [site.reason for site in report.sites] == ["it is inside a conditional"]
 
 
 def test_strict() -> None:

@@ -81,7 +81,8 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     for index, column in enumerate(columns):
         cells = [row[index] for row in rows]
         numeric = bool(cells) and all(cell[:1].isdigit() or cell in ("", "-") for cell in cells)
-        result.add_column(column, justify="right" if numeric else "left")
+        # A name that is too long goes on in the next line: cut short it says nothing.
+        result.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         result.add_row(*(escape(cell) for cell in row))
     return result
