@@ -63,7 +63,6 @@ def run_inspect(
 
 def _print_site(explanation: Any) -> None:
     site = explanation.site
-    done = "rewritten" if site.rewritten else f"left alone: {site.reason}"
 
     def part(title: str, text: str) -> None:
         screen.print(f"[bold]{title}[/]")
@@ -71,11 +70,13 @@ def _print_site(explanation: Any) -> None:
         screen.print()
 
     heads = f"{site.num_qo_heads} query heads on {site.num_kv_heads}, of {site.head_dim} elements"
-    part(
-        f"Site {site.layer}: {site.name}",
+    known = (
         f"form {site.form}, variant {site.variant}, mask {site.mask}; {heads}, {site.dtype}, "
-        f"scale {site.sm_scale:.6g}; {done}",
+        f"scale {site.sm_scale:.6g}; "
     )
+    done = "rewritten" if site.rewritten else f"left alone: {site.reason}"
+    # Nothing else is known of a site that isn't proven to be attention.
+    part(f"Site {site.layer}: {site.name}", (known if site.num_qo_heads else "") + done)
     part("Before", explanation.before)
     if site.rewritten:
         part("After", explanation.after)

@@ -92,17 +92,13 @@ def print_report(report: Mapping[str, Any], title: str) -> None:
     """The pass report: one row per attention site, and what stands against a rewrite."""
     rows = []
     for site in report.get("sites", []):
-        rows.append(
-            [
-                str(site["layer"]),
-                str(site["form"]),
-                str(site["variant"]),
-                str(site["mask"]),
-                f"{site['num_qo_heads']}/{site['num_kv_heads']}",
-                str(site["head_dim"]),
-                "yes" if site["rewritten"] else f"no: {site['reason']}",
-            ]
-        )
+        heads = f"{site['num_qo_heads']}/{site['num_kv_heads']}"
+        what = [str(site["form"]), str(site["variant"]), str(site["mask"]), heads]
+        what.append(str(site["head_dim"]))
+        if not site["num_qo_heads"]:
+            what = ["-"] * len(what)  # not proven to be attention, and so not known
+        verdict = "yes" if site["rewritten"] else f"no: {site['reason']}"
+        rows.append([str(site["layer"]), *what, verdict])
     columns = ["layer", "form", "variant", "mask", "heads", "size", "rewritten"]
     screen.print(table(title, columns, rows))
     done = sum(bool(site["rewritten"]) for site in report.get("sites", []))
