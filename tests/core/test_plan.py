@@ -233,6 +233,19 @@ def test_threads_of_a_shared_queue_end_together(batch_attention, lengths, worker
         assert together == 8, "as many as the kernel computes at once"
 
 
+@pytest.mark.parametrize("rows, chunk", [(64, 2048), (128, 4096), (100, None)])
+def test_what_nearly_divides_among_workers_is_dealt_whole(batch_attention, rows, chunk):
+    """64 rows over 132 workers: two halves each, not shares that straddle rows; nor 100 rows."""
+    step = batch_attention(16, 1, num_workers=132, max_requests=128, causal=False)
+    step.plan(paged([4096] * rows, 1), per_worker_queues=True)
+    plan = read(step)
+    lengths, queues = plan["items"][:, 4], np.diff(plan["worker_indptr"])
+    if chunk is None:
+        assert len(set(lengths.tolist())) > 1 and (queues > 0).all()
+    else:
+        assert set(lengths.tolist()) == {chunk} and queues.max() == 1
+
+
 def test_queues_are_in_descending_cost(batch_attention):
     step = batch_attention(4, 4, num_workers=3, causal=False)
     step.plan(paged([900, 70, 4000, 300, 1], 1), per_worker_queues=True)

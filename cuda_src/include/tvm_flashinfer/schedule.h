@@ -14,6 +14,7 @@
 #include "plan.h"
 #include "plan_requests.h"
 #include "schedule_input.h"
+#include "tile_cuts.h"
 #include "worker_loads.h"
 
 namespace tvm_flashinfer {
@@ -57,14 +58,6 @@ class Scheduler {
   double imbalance() const { return imbalance_; }
 
  private:
-  struct Tile {
-    int32_t row, level, q_begin, q_count, kv_begin, kv_end;
-    int32_t num_chunks, chunk;  // chunk: tokens
-    int32_t num_tail;           // chunks left to the shared tail
-    int32_t section;            // of rows that are worked on together
-    int32_t heads;              // KV heads that a worker takes together
-    int64_t weight;             // cost of one KV token of one head
-  };
   struct Chunk {
     int32_t tile, kv_begin, kv_count;
     int32_t partial;  // first partial row, or -1
@@ -171,28 +164,6 @@ class Scheduler {
     return any;
   }
 
-  struct Cut {
-    int64_t chunk;  // tokens
-    int32_t num_chunks;
-  };
-  /*! The chunks of a tile, by CutTiles' rule. */
-  static Cut CutOf(const ScheduleInput& in, const Tile& t, int64_t bound, int32_t fixed) {
-    const int32_t len = t.kv_end - t.kv_begin;
-    // Rounded up: the chunks of all tiles then fit the cuts that PlanLayout counts on.
-    const int64_t token = t.weight * t.heads;
-    const int64_t share = (bound + token - 1) / token;
-    int64_t chunk =
-        AlignUp(fixed > 0 ? fixed : std::max<int64_t>(in.min_chunk, share), in.kv_align);
-    auto num_chunks = static_cast<int32_t>((len + chunk - 1) / chunk);
-    if (fixed == 0 && num_chunks > 1) {  // even chunks balance better than one short tail
-      chunk = AlignUp((len + num_chunks - 1) / num_chunks, in.kv_align);
-      num_chunks = static_cast<int32_t>((len + chunk - 1) / chunk);
-    }
-    // The last level covers every query token: there an empty tile still writes (0, -inf).
-    if (num_chunks == 0 && t.level == in.num_levels - 1) num_chunks = 1;
-    return {chunk, num_chunks};
-  }
-
   /*!
    * Cut every tile into equal chunks of at most `fixed` tokens or, if that is 0, of cost at most
    * `bound`, their heads taken together; costs of the chunks go to chunks_.
@@ -292,35 +263,74 @@ class Scheduler {
   }
 
   /*!
-   * Lay the tiles out one after another and cut at even shares: every worker gets one stretch, so
-   * a batch of any lengths is cut at most once per worker and balanced to a chunk's alignment.
-   * Workers are divided among the KV heads, because a tile is cut alike for every head. The end of
-   * every tile goes to the shared tail, if there is one.
+   * Lay the tiles out one after another, for the workers of a head in order: dealt in equal chunks
+   * where DealOf says so, else cut at even shares (CutInOrder). Workers are divided among the KV
+   * heads, because a tile is cut alike for every head. The end of every tile goes to the shared
+   * tail, if there is one.
    * \return The highest worker cost, the tail left aside.
    */
   int64_t FillInOrder(const ScheduleInput& in) {
-    const int32_t heads = bounds_.num_kv_heads;
-    const int32_t per_head = bounds_.num_workers / heads;
-    const auto cost = [&](const Tile& t, int32_t count) {
-      return (int64_t{count} + in.item_overhead) * t.weight;
-    };
+    const int32_t per_head = bounds_.num_workers / bounds_.num_kv_heads;
     has_tail_ = MarkTails(in, per_head);
     int64_t left = 0, total = 0;
     for (int64_t i = 0; i < num_tiles_; ++i) {
-      const Tile& t = tiles_[i];
-      total += cost(t, t.kv_end - t.kv_begin);
-      left += cost(t, t.kv_end - t.kv_begin - t.num_tail * t.chunk);
+      Tile& t = tiles_[i];
+      t.num_chunks = 0;
+      const int64_t whole = CostOf(in, t, t.kv_end - t.kv_begin);
+      total += whole;
+      left += whole - int64_t{t.num_tail} * t.chunk * t.weight;
     }
-    std::fill(states_.begin(), states_.begin() + in.qo_indptr[in.num_requests] + 1, 0);
     num_chunks_ = 0;
     worst_ = 0;
-    const auto emit = [&](int64_t tile, int32_t begin, int32_t count, int32_t worker) {
-      Require(PlanSection::kItems, (num_chunks_ + 1) * heads, layout_.max_items);
-      const int64_t c = cost(tiles_[tile], count);
-      chunks_[num_chunks_++] = {static_cast<int32_t>(tile), begin, count, -1, c, worker};
-      ++tiles_[tile].num_chunks;
-      return c;
-    };
+    const Deal deal = has_tail_ ? Deal{} : DealOf(in, tiles_.data(), num_tiles_, total, per_head);
+    if (deal.rounds > 0) {
+      DealTiles(in, deal);
+    } else {
+      CutInOrder(in, left, per_head);
+    }
+    std::fill(states_.begin(), states_.begin() + in.qo_indptr[in.num_requests] + 1, 0);
+    for (int64_t i = 0; i < num_tiles_; ++i) {
+      const Tile& t = tiles_[i];
+      for (int32_t q = 0; q < t.q_count; ++q) states_[t.q_begin + q] += t.num_chunks;
+    }
+    imbalance_ = total == 0 || has_tail_ ? 1.0
+                                         : static_cast<double>(worst_) * bounds_.num_workers /
+                                               static_cast<double>(total * bounds_.num_kv_heads);
+    return worst_;
+  }
+
+  /*! Give a chunk of tile `i` to a worker of every head. \return Its cost. */
+  int64_t Give(const ScheduleInput& in, int64_t i, int32_t begin, int32_t count, int32_t worker) {
+    Require(PlanSection::kItems, (num_chunks_ + 1) * bounds_.num_kv_heads, layout_.max_items);
+    const int64_t cost = CostOf(in, tiles_[i], count);
+    chunks_[num_chunks_++] = {static_cast<int32_t>(i), begin, count, -1, cost, worker};
+    ++tiles_[i].num_chunks;
+    return cost;
+  }
+
+  void DealTiles(const ScheduleInput& in, const Deal& deal) {
+    int64_t used = 0;
+    for (int64_t i = 0; i < num_tiles_; ++i) {
+      const Tile& t = tiles_[i];
+      const int64_t len = t.kv_end - t.kv_begin;
+      const int64_t chunk = AlignUp((len + deal.cuts - 1) / deal.cuts, in.kv_align);
+      int32_t begin = t.kv_begin;
+      while (begin < t.kv_end || (t.num_chunks == 0 && t.level == in.num_levels - 1)) {
+        if (num_chunks_ % deal.rounds == 0) used = 0;
+        const auto count = static_cast<int32_t>(std::min<int64_t>(chunk, t.kv_end - begin));
+        used += Give(in, i, begin, count, static_cast<int32_t>(num_chunks_ / deal.rounds));
+        begin += count;
+        worst_ = std::max(worst_, used);
+      }
+    }
+  }
+
+  /*!
+   * Cut at even shares: every worker gets one stretch, so a batch of any lengths is cut at most
+   * once per worker and balanced to a chunk's alignment.
+   * \param left Cost of a head's tiles, the tail left aside.
+   */
+  void CutInOrder(const ScheduleInput& in, int64_t left, int32_t per_head) {
     int32_t worker = 0;
     int64_t used = 0, share = 0;
     // Even share of what is left, every further worker starting an item of its own.
@@ -337,8 +347,7 @@ class Scheduler {
     };
     set_share(num_tiles_ > 0 ? tiles_[0].weight : 0);
     for (int64_t i = 0; i < num_tiles_; ++i) {
-      Tile& t = tiles_[i];
-      t.num_chunks = 0;
+      const Tile& t = tiles_[i];
       const int32_t own_end = t.num_tail == 0
                                   ? t.kv_end
                                   : (t.kv_end - t.num_tail * t.chunk) / in.kv_align * in.kv_align;
@@ -358,7 +367,7 @@ class Scheduler {
             continue;
           }
         }
-        const int64_t c = emit(i, begin, count, worker);
+        const int64_t c = Give(in, i, begin, count, worker);
         begin += count;
         used += c;
         // A cut adds the overhead of an item; the rest of the tile still has its own.
@@ -367,16 +376,11 @@ class Scheduler {
       }
       for (int32_t n = t.num_tail; n > 0; --n) {
         const int32_t count = n == 1 ? t.kv_end - begin : t.chunk;
-        emit(i, begin, count, kSharedTail);
+        Give(in, i, begin, count, kSharedTail);
         begin += count;
       }
-      for (int32_t q = 0; q < t.q_count; ++q) states_[t.q_begin + q] += t.num_chunks;
     }
     worst_ = std::max(worst_, used);
-    imbalance_ = total == 0 || has_tail_ ? 1.0
-                                         : static_cast<double>(worst_) * bounds_.num_workers /
-                                               static_cast<double>(total * heads);
-    return worst_;
   }
 
   /*! Queue what FillInOrder cut, for the workers that it gave it to. */
@@ -427,8 +431,6 @@ class Scheduler {
     }
     return true;
   }
-
-  static int64_t AlignUp(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
   /*!
    * Sections in order, in each descending cost, then ascending chunk: one total order, so the plan
