@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 
-from tvm_flashinfer import mlc
+
+@pytest.fixture(scope="module")
+def mlc() -> Any:
+    """Not imported where these tests are skipped for want of mlc_llm (conftest.py)."""
+    return importlib.import_module("tvm_flashinfer.mlc")
 
 
 def pipeline() -> Any:
     return importlib.import_module("mlc_llm.compiler_pass.pipeline")
 
 
-def test_what_was_replaced_is_given_back() -> None:
+def test_what_was_replaced_is_given_back(mlc: Any) -> None:
     ours = pipeline().DispatchKVCacheCreation
     mlc.uninstall()
     try:
@@ -29,7 +33,9 @@ def test_what_was_replaced_is_given_back() -> None:
     mlc.install()
 
 
-def test_another_mlc_llm_is_a_sentence_and_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_mlc_llm_is_a_sentence_and_left_as_it_is(
+    mlc: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mlc.uninstall()
     try:
         with monkeypatch.context() as change:
@@ -42,7 +48,7 @@ def test_another_mlc_llm_is_a_sentence_and_left_as_it_is(monkeypatch: pytest.Mon
         mlc.install()
 
 
-def test_a_bridge_is_applied_once_and_only_where_it_is_needed() -> None:
+def test_a_bridge_is_applied_once_and_only_where_it_is_needed(mlc: Any) -> None:
     applied = mlc.bridges.active()
     everything = mlc.bridges.BRIDGES + mlc.bridges.LATE_BRIDGES
     assert len({bridge.name for bridge in everything}) == len(everything)
@@ -57,7 +63,7 @@ def test_a_bridge_is_applied_once_and_only_where_it_is_needed() -> None:
 @pytest.mark.parametrize(
     "name", ["Var.name_hint", "relax.Constant", "relax.StringImm", "tirx.SBlock"]
 )
-def test_what_is_there_needs_no_bridge(name: str) -> None:
+def test_what_is_there_needs_no_bridge(mlc: Any, name: str) -> None:
     """As in a TVM that has it: after the bridge was applied here."""
     bridge = next(bridge for bridge in mlc.bridges.BRIDGES if bridge.name == name)
     assert bridge in mlc.bridges.active() and not bridge.needed()

@@ -211,9 +211,9 @@ class Scheduler {
    * Algorithm 1: bound the chunks by an even share of the total cost, queue them in descending
    * order, give each to the cheapest worker. The paper's share (one per worker) leaves skewed
    * batches uneven, and equal lengths too when they do not divide among the workers. Where it is
-   * not within 2 %, queues that workers own are filled in order instead (FillInOrder), if that is
-   * no worse; otherwise the share is halved until the assignment is within 5 %. Heads are taken
-   * together only as far as that leaves workers even.
+   * not within 2 % (5 % where there are sections), queues that workers own are filled in order
+   * instead (FillInOrder), if that is no worse; otherwise the share is halved until the assignment
+   * is within 5 %. Heads are taken together only as far as that leaves workers even.
    */
   void Balance(const ScheduleInput& in) {
     int64_t total = 0;
@@ -224,11 +224,14 @@ class Scheduler {
     const bool own_queues = !in.shared_queue && bounds_.num_workers >= bounds_.num_kv_heads;
     const int64_t in_order = own_queues ? FillInOrder(in) : INT64_MAX;
     if (own_queues && has_tail_) return QueueInOrder();
+    // Sections keep KV in the cache, which filling in order does not: more is put up with for them.
+    const bool sections = num_tiles_ > 0 && tiles_[num_tiles_ - 1].section > 0;
+    const double even = sections ? 1.05 : 1.02;
     ForHeadsTogether(in, [&] {
       for (int32_t splits = 1;; splits *= 2) {
         const int64_t shares = int64_t{bounds_.num_workers} * std::min(splits, bounds_.max_splits);
         const int64_t bound = (total + shares - 1) / shares;
-        if (own_queues && in_order <= LeastWorst(in, bound, 1.02)) {
+        if (own_queues && in_order <= LeastWorst(in, bound, even)) {
           if (splits > 1) FillInOrder(in);
           QueueInOrder();
           return true;
@@ -236,10 +239,8 @@ class Scheduler {
         CutTiles(in, bound, 0);
         SortAndAssign(!in.shared_queue);
         // The last section may be too small to even out what the others left.
-        if (imbalance_ > 1.02 && num_chunks_ > 0 && tiles_[num_tiles_ - 1].section > 0) {
-          SortAndAssign(false);
-        }
-        if (imbalance_ <= 1.02) return true;
+        if (imbalance_ > even && sections) SortAndAssign(false);
+        if (imbalance_ <= even) return true;
         if (in_order <= worst_) {
           FillInOrder(in);
           QueueInOrder();
