@@ -2,8 +2,8 @@
 //
 // The consumers of latent attention, whose values are the first columns of their keys. One
 // warpgroup computes logits and weights and the first half of the output, the other the second half
-// with the weights that it is handed. The next Q K^T runs beside a step's P V, as in
-// warpgroup_consumer.cuh; both halves of P V keep the tensor cores busy during the softmax.
+// with the weights that it is handed. The next Q K^T is issued ahead of a step's softmax, and the
+// other half's P V keeps the tensor cores busy during it.
 #ifndef TVM_FLASHINFER_CUDA_LATENT_CONSUMER_CUH_
 #define TVM_FLASHINFER_CUDA_LATENT_CONSUMER_CUH_
 
@@ -62,7 +62,7 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
   using typename Base::Logits;
   using typename Base::Weights;
 
-  /*! \brief The warpgroup of logits: Q K^T of the next step runs beside the softmax of this one. */
+  /*! \brief The warpgroup of logits. */
   __device__ __forceinline__ void Lead(const ItemInfo& info, const QueryRow (&rows)[2], int slot,
                                        State* state) {
     const uint32_t queries = pipeline_.Q(slot);
