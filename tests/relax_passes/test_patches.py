@@ -16,6 +16,23 @@ from relax_passes.pipeline import lower_pipeline
 from relax_passes.targets import native_target
 
 
+def compare(
+    module: tvm.IRModule,
+    torch_conv: Any,
+    x: np.ndarray,
+    weight: np.ndarray,
+    options: dict[str, Any],
+) -> None:
+    """The module, lowered, with PyTorch's convolution in float64."""
+    target = native_target()
+    executable = tvm.compile(module, target=target, relax_pipeline=lower_pipeline(target))
+    got = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
+    settings = {"stride" if name == "strides" else name: v for name, v in options.items()}
+    wide = [torch.tensor(a.astype("float64")) for a in (x, weight)]
+    want = torch_conv(*wide, **settings).numpy()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("window", "options", "linear"),
     [
@@ -39,13 +56,7 @@ def test_patches(window: tuple[int, int], options: dict[str, Any], linear: bool)
 
     module = tvm.IRModule({"main": build(body, tensor("x", 2, 3, 12, 12))})
     assert ("R.matmul" in PatchesToLinear()(module)["main"].script()) == linear
-    target = native_target()
-    executable = tvm.compile(module, target=target, relax_pipeline=lower_pipeline(target))
-    got = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
-    settings = {"stride" if name == "strides" else name: v for name, v in options.items()}
-    wide = [torch.tensor(a.astype("float64")) for a in (x, weight)]
-    want = torch.nn.functional.conv2d(*wide, **settings).numpy()
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    compare(module, torch.nn.functional.conv2d, x, weight, options)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +82,4 @@ def test_windows_of_a_sequence(window: int, options: dict[str, int], linear: boo
 
     module = tvm.IRModule({"main": build(body, tensor("x", 2, 6, 12))})
     assert ("R.matmul" in PatchesToLinear()(module)["main"].script()) == linear
-    target = native_target()
-    executable = tvm.compile(module, target=target, relax_pipeline=lower_pipeline(target))
-    got = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
-    settings = {"stride" if name == "strides" else name: v for name, v in options.items()}
-    wide = [torch.tensor(a.astype("float64")) for a in (x, weight)]
-    want = torch.nn.functional.conv1d(*wide, **settings).numpy()
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    compare(module, torch.nn.functional.conv1d, x, weight, options)

@@ -126,8 +126,7 @@ def run(context: Context, cases: tuple[Case, ...] = CASES) -> None:
         return
     if not wanted:
         return
-    if importlib.util.find_spec("torch") is None:
-        context.report.skipped[SUITE] = "not installed: pip install 'tvm-flashinfer[torch]'"
+    if not context.has_packages(SUITE, "torch"):
         return
     import torch
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import statistics
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from .machine import matmul_rate, read_bandwidth
 from .report import Row
 from .suites import Context
 
-__all__ = ["AttentionClock", "Shape", "make_checkpoint", "run"]
+__all__ = ["Shape", "attention_seconds", "make_checkpoint", "run"]
 
 SUITE = "generate"
 PEER = "tvm-tir"
@@ -86,8 +85,7 @@ def run(context: Context, shape: Shape | None = None) -> None:
         return
     if not wanted and not context.wants(decode_case):
         return
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
-        context.report.skipped[SUITE] = "not installed: pip install 'tvm-flashinfer[torch]'"
+    if not context.has_packages(SUITE, "torch", "transformers"):
         return
     context.progress("make a random checkpoint")
     context.report.machine["model"] = dataclasses.asdict(shape)
@@ -157,16 +155,21 @@ class Subject:
 
     def attention_seconds(self, steps: int) -> Iterator[float]:
         """Seconds inside attention in each of ``steps`` instrumented steps."""
-        clock = AttentionClock()
-        self.model.vm.set_instrument(tvm_ffi.convert(clock))
-        try:
-            for _ in self.decode(steps):
-                yield clock.take()
-        finally:
-            self.model.vm.set_instrument(None)
+        return attention_seconds(self.model.vm, self.decode(steps))
 
 
-class AttentionClock:
+def attention_seconds(vm: Any, steps: Iterator[float]) -> Iterator[float]:
+    """Seconds inside attention in each of ``steps`` of a virtual machine."""
+    clock = _AttentionClock()
+    vm.set_instrument(tvm_ffi.convert(clock))
+    try:
+        for _ in steps:
+            yield clock.take()
+    finally:
+        vm.set_instrument(None)
+
+
+class _AttentionClock:
     """A VM instrument that times the attention calls."""
 
     def __init__(self) -> None:

@@ -8,7 +8,6 @@ is measured too.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -23,7 +22,7 @@ import tvm
 import tvm_ffi
 from tvm.runtime.vm import VirtualMachine
 
-from .generate import AttentionClock, Shape, make_checkpoint
+from .generate import Shape, attention_seconds, make_checkpoint
 from .machine import read_bandwidth
 from .report import Row
 from .suites import Context
@@ -53,8 +52,7 @@ def run(context: Context, shape: Shape = LLAMA) -> None:
         return
     if not context.wants(steps) and not context.wants(engine):
         return
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
-        context.report.skipped[SUITE] = "not installed: pip install 'tvm-flashinfer[torch]'"
+    if not context.has_packages(SUITE, "torch", "transformers"):
         return
     context.report.machine["model"] = dataclasses.asdict(shape)
     checkpoint = context.folder / "checkpoint"
@@ -187,13 +185,7 @@ class Subject:
 
     def attention_seconds(self, steps: int) -> Iterator[float]:
         """Seconds inside attention in each of ``steps`` instrumented steps."""
-        clock = AttentionClock()
-        self.vm.set_instrument(tvm_ffi.convert(clock))
-        try:
-            for _ in self.decode(steps):
-                yield clock.take()
-        finally:
-            self.vm.set_instrument(None)
+        return attention_seconds(self.vm, self.decode(steps))
 
 
 def _step_rows(context: Context, shape: Shape, libraries: dict[str, Path], case: str) -> None:

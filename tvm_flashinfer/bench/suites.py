@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import importlib
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -62,6 +63,14 @@ class Context:
     def wants(self, case: str) -> bool:
         """Whether ``case`` was asked for."""
         return fnmatch.fnmatchcase(case, self.cases)
+
+    def has_packages(self, suite: str, *names: str) -> bool:
+        """Whether packages of the extra `torch` are there; if not, the report says that `suite`
+        is skipped for it."""
+        if all(importlib.util.find_spec(name) for name in names):
+            return True
+        self.report.skipped[suite] = "not installed: pip install 'tvm-flashinfer[torch]'"
+        return False
 
 
 class Suite(Protocol):

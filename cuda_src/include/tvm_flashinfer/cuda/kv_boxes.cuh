@@ -26,8 +26,8 @@ class BoxLoader {
  public:
   using T = typename C::T;
   static constexpr int kBoxes = C::kStepKV / kBoxTokens;
-  static constexpr int kBatch =
-      kBoxes < 8 ? kBoxes : 8;  //!< boxes whose places are shuffled at once
+  //! Boxes whose places are shuffled at once.
+  static constexpr int kBatch = kBoxes < 8 ? kBoxes : 8;
   static_assert(kBoxes % kBatch == 0 && kBoxes <= kWarpSize,
                 "every lane knows the place of one box at most");
   static_assert(C::KTile::kGroupBytes == C::kHeadDimQK * kBoxTokens * 2 &&

@@ -38,7 +38,8 @@ __device__ __forceinline__ void CopyNarrowRows(const T* from, int64_t offset, in
                                                int lane, uint32_t tile) {
   constexpr int kRowsPerCopy = kWarpSize / Tile::kChunks;
   constexpr int kCopiesPerGroup = 8 / kRowsPerCopy;
-  constexpr int kBatch = Tile::kChunks % 8 == 0 ? 8 : Tile::kChunks;
+  constexpr int kBatch = 8;
+  static_assert(Tile::kChunks % kBatch == 0, "rows consist of whole batches");
   const int row = lane / Tile::kChunks, chunk = lane % Tile::kChunks;
   const T* column = from + chunk * kElementsPerChunk;
   if (__ballot_sync(0xffffffffu, offset >= 0) == 0xffffffffu) {
@@ -164,7 +165,7 @@ class RowLoader {
   }
 
  private:
-  static_assert(C::kTileWarps * kWarpSize == C::kStepKV && C::kTileWarps == C::kProducerWarps,
+  static_assert(C::kProducerWarps * kWarpSize == C::kStepKV,
                 "every lane knows the address of one row");
   static_assert(C::KTile::kChunks == C::VTile::kChunks, "a lane knows the same row of both");
 
@@ -176,21 +177,25 @@ class RowLoader {
   }
 
   __device__ __forceinline__ void LoadK(const WorkItem& item, const TokenPlace& place) {
-    ptx::MbarrierWait(pipeline_.EmptyK(k_.slot), k_.phase ^ 1);
-    CopyRows<typename C::KTile>(static_cast<const T*>(p_.k) + item.head * p_.k_strides.head,
-                                place.Offset(p_.k_strides), warp_ * kWarpSize, lane_,
-                                pipeline_.K(k_.slot));
-    ptx::MbarrierArriveAfterCopies(pipeline_.FullK(k_.slot));
-    k_.Advance();
+    LoadTile<typename C::KTile>(p_.k, p_.k_strides, item, place, pipeline_.K(k_.slot),
+                                pipeline_.EmptyK(k_.slot), pipeline_.FullK(k_.slot), &k_);
+  }
+  __device__ __forceinline__ void LoadV(const WorkItem& item, const TokenPlace& place) {
+    LoadTile<typename C::VTile>(p_.v, p_.v_strides, item, place, pipeline_.V(v_.slot),
+                                pipeline_.EmptyV(v_.slot), pipeline_.FullV(v_.slot), &v_);
   }
 
-  __device__ __forceinline__ void LoadV(const WorkItem& item, const TokenPlace& place) {
-    ptx::MbarrierWait(pipeline_.EmptyV(v_.slot), v_.phase ^ 1);
-    CopyRows<typename C::VTile>(static_cast<const T*>(p_.v) + item.head * p_.v_strides.head,
-                                place.Offset(p_.v_strides), warp_ * kWarpSize, lane_,
-                                pipeline_.V(v_.slot));
-    ptx::MbarrierArriveAfterCopies(pipeline_.FullV(v_.slot));
-    v_.Advance();
+  /*! \brief This warp's rows of the tile at hand of a ring, once it is empty. */
+  template <typename Tile>
+  __device__ __forceinline__ void LoadTile(const void* pool, const KVStrides& strides,
+                                           const WorkItem& item, const TokenPlace& place,
+                                           uint32_t tile, uint32_t empty, uint32_t full,
+                                           RingCursor<C::kStages>* ring) const {
+    ptx::MbarrierWait(empty, ring->phase ^ 1);
+    CopyRows<Tile>(static_cast<const T*>(pool) + item.head * strides.head, place.Offset(strides),
+                   warp_ * kWarpSize, lane_, tile);
+    ptx::MbarrierArriveAfterCopies(full);
+    ring->Advance();
   }
 
   const AttentionParams& p_;

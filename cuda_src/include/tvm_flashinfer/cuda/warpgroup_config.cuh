@@ -65,9 +65,8 @@ struct WarpgroupConfig {
   // waits for the ring.
   static constexpr int kLeadWarp = kBoxes ? 3 : 0;
   static constexpr int kQueryWarps = kBoxes ? 2 : kProducerWarps;  //!< that copy queries, the last
-  static constexpr int kTileWarps = kBoxes ? 1 : kProducerWarps;   //!< that copy a K or V tile
   //! Arrivals that fill a tile: every lane's once its copies have ended, or one that expects bytes.
-  static constexpr int kTileArrivals = kBoxes ? 1 : kTileWarps * kWarpSize;
+  static constexpr int kTileArrivals = kBoxes ? 1 : kProducerWarps * kWarpSize;
   static constexpr int kThreads = kConsumerThreads + kWarpgroupSize;
   // Together what the launch gave: 384 threads x 168. Gathering keeps a batch of addresses.
   static constexpr int kConsumerRegisters = kBoxes ? 216 : 208;
