@@ -161,6 +161,7 @@ inline float Cos(float x) { return std::cos(x); }
 
 inline void WaitForEarlierLaunches() {}
 inline void AllowNextLaunch() {}
+inline void PrefetchL2(const void*) {}
 
 inline int HighestBit(uint32_t x) { return 31 - __builtin_clz(x); }
 

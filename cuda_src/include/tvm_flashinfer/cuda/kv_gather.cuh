@@ -67,6 +67,20 @@ class KVGather {
     return rows;
   }
 
+  /*! \brief Have the rows of a step brought to the L2 cache. */
+  __device__ __forceinline__ void Prefetch(const Rows& rows) const {
+    constexpr int kLine = 128 / sizeof(Pool);
+#pragma unroll
+    for (int j = 0; j < kRowsPerLane; ++j) {
+      if (rows.page[j] < 0) continue;
+      const Pool* row = pool_ + rows.page[j] * page_stride_ + rows.entry[j] * token_stride_;
+#pragma unroll
+      for (int unit = 0; unit < Tile::kChunks * kUnitsPerChunk; unit += kLine) {
+        ptx::PrefetchL2(row + unit);
+      }
+    }
+  }
+
   /*! \brief Issue the copies of a step. */
   __device__ __forceinline__ void Load(const Rows& rows, uint32_t tile) const {
 #pragma unroll

@@ -46,12 +46,15 @@ class Producer {
       const ItemInfo info = next;
       const KGather gather(p_, p_.k, p_.k_strides, info, lane_, 0);
       const auto rows = gather.Resolve(0);
-      Publish(info, &items);
+      PublishRecord(info, items);
+      PrefetchFirst(gather, rows);
+      PublishQueries(info, &items);
       // The next item's record is fetched in the shadow of this one's copies.
       next.valid = ReadItem<Variant>(p_, &queue, lane_, &next);
       LoadKSteps(info, gather, rows);
     }
-    Publish(next, &items);
+    PublishRecord(next, items);
+    PublishQueries(next, &items);
     queue.Finish();
   }
 
@@ -97,25 +100,40 @@ class Producer {
     if (lane_ == 0) ptx::MbarrierArrive(barrier);
   }
 
-  /*! \brief Hand an item, and its queries, to the consumers; one that is not valid ends them. */
-  __device__ __forceinline__ void Publish(const ItemInfo& info,
-                                          RingCursor<C::kItemSlots>* items) const {
-    ptx::MbarrierWait(pipeline_.ItemEmpty(items->slot), items->phase ^ 1);
-    // The other producers need not wait for the queries.
+  /*! \brief Hand out an item's record; one that is not valid ends consumers and producers. */
+  __device__ __forceinline__ void PublishRecord(const ItemInfo& info,
+                                                const RingCursor<C::kItemSlots>& items) const {
+    ptx::MbarrierWait(pipeline_.ItemEmpty(items.slot), items.phase ^ 1);
     if (lane_ == 0) {
-      *pipeline_.Info(items->slot) = info;
-      ptx::MbarrierArrive(pipeline_.RecordFull(items->slot));
+      *pipeline_.Info(items.slot) = info;
+      ptx::MbarrierArrive(pipeline_.RecordFull(items.slot));
     }
+  }
+  /*! \brief Hand its queries, for which the other producers need not wait, to the consumers. */
+  __device__ __forceinline__ void PublishQueries(const ItemInfo& info,
+                                                 RingCursor<C::kItemSlots>* items) const {
     ptx::WaitForEarlierLaunches();
     if (info.valid != 0) QTile<C>(p_, info.item).Load(p_, lane_, pipeline_.Q(items->slot));
     Arrive(pipeline_.ItemFull(items->slot));
     items->Advance();
   }
 
+  /*!
+   * \brief While earlier launches end, have the first step of the block brought to the L2 cache:
+   * copies to shared memory must wait, for those launches may write what is copied.
+   */
+  template <typename Gather>
+  __device__ __forceinline__ void PrefetchFirst(const Gather& gather,
+                                                const typename Gather::Rows& rows) {
+    if (first_) gather.Prefetch(rows);
+    first_ = false;
+  }
+
   template <typename Gather, typename Tile, typename Full>
   __device__ __forceinline__ void LoadSteps(const ItemInfo& info, const Gather& gather,
                                             typename Gather::Rows rows, Tile tile, Full full) {
     const int steps = CeilDiv(info.item.kv_count, C::kStepKV);
+    PrefetchFirst(gather, rows);
     ptx::WaitForEarlierLaunches();
     for (int step = 0; step < steps; ++step) {
       const auto ahead = gather.Resolve(step + 1);
@@ -135,6 +153,7 @@ class Producer {
   const Pipeline<C>& pipeline_;
   int lane_;
   RingCursor<C::kStages> stages_;
+  bool first_ = true;  //!< no item has been loaded yet
 };
 
 }  // namespace cuda

@@ -275,6 +275,13 @@ __device__ __forceinline__ void AllowNextLaunch() {
 #endif
 }
 
+// ---- Cache ----
+
+/*! \brief Have a line brought to the L2 cache: a hint, which changes nothing that can be read. */
+__device__ __forceinline__ void PrefetchL2(const void* line) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+}
+
 // ---- Between threads ----
 
 /*! \brief Barrier of `threads` threads (a multiple of 32) of the block, named by `id` in [1, 15].
