@@ -30,6 +30,7 @@ class PagedBatch:
     dtype: str = "float32"
     seed: int = 0
     scale: float = 1.0  # of the keys
+    climb: float = 0.0  # of the logits, over 64 tokens
     k: list[np.ndarray] = field(init=False)
     v: list[np.ndarray] = field(init=False)
 
@@ -42,6 +43,13 @@ class PagedBatch:
         qo_heads, kv_heads = self.heads
         self.q = random(sum(n for n, _ in self.pairs), qo_heads, self.dims[0])
         self.k = [random(m, kv_heads, self.dims[0]) * self.scale for _, m in self.pairs]
+        if self.climb:
+            self.q = rounded(self.q + 8.0, self.dtype)
+            slope = self.climb / 64 / (8.0 * self.dims[0] ** 0.5)
+            self.k = [
+                rounded(k + slope * np.arange(len(k), dtype=np.float32)[:, None, None], self.dtype)
+                for k in self.k
+            ]
         self.v = [random(m, kv_heads, self.dims[1]) for _, m in self.pairs]
         counts = [-(-m // self.page_size) for _, m in self.pairs]
         self.pool_pages = sum(counts) + 3

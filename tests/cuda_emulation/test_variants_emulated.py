@@ -106,6 +106,18 @@ def test_every_variant_and_tile(emulated: Emulated, name: str, tile: int) -> Non
     )
 
 
+@pytest.mark.parametrize("climb", [0.3, 4.0, 60.0])
+@pytest.mark.parametrize(("arch", "tile"), [("80", 16), ("90a", 128)])
+def test_logits_that_climb(emulated: Emulated, arch: str, tile: int, climb: float) -> None:
+    """By `climb` in 64 tokens: a running maximum never follows, or sometimes, or always."""
+    emulated.tiles, emulated.arch = (tile,), arch
+    lengths = [(40, 300), (1, 300)]
+    batch = PagedBatch(lengths, 8, (4, 2), (64, 64), "float16", scale=0.05, climb=climb)
+    step = made(batch, None)
+    step.plan(batch.layout)
+    close(step.run(*batch.tensors(), return_lse=True), batch.expected(causal=True), "float16")
+
+
 # --- transforms ---------------------------------------------------------------------------------
 
 
@@ -335,7 +347,7 @@ def test_values_that_start_their_keys(
     """DeepSeek's 576 and 512; heads above a tile's rows are cut into parts. On sm_90a by warpgroups
     where pages are copied in boxes; pages of 5 tokens are not."""
     emulated.tiles, emulated.arch = (tile,), arch
-    pairs = [(2, 70), (1, 150), (1, 0), (1, 9)]
+    pairs = [(2, 70), (1, 150), (1, 0), (16, 78), (1, 9)]
     batch = PagedBatch(pairs, page_size, (heads, 1), (576, 512), "bfloat16")
     for r, k in enumerate(batch.k):
         batch.v[r] = k[..., :512]

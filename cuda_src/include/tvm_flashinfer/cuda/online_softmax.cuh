@@ -22,6 +22,9 @@ namespace cuda {
 template <int kHeadDimVO, bool kSoftmax = true>
 struct OnlineSoftmax {
   static constexpr int kTiles = kHeadDimVO / 8;
+  //! Weights may reach 2^kHeadroom before the maximum follows: they lose nothing by it, and to
+  //! rescale the output at every small rise takes as long as a step's exponentials.
+  static constexpr float kHeadroom = 8.0f;
   float o[kTiles][4];
   float max[2];
   float sum[2];  //!< of this thread's columns only, until Finish
@@ -55,7 +58,7 @@ struct OnlineSoftmax {
   template <int kLogitTiles>
   __device__ __forceinline__ bool Exponentiate(float (&s)[kLogitTiles][4], float scale,
                                                float (&rescale)[2]) {
-    float top[2], shift[2];
+    float top[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       top[h] = max[h];
@@ -64,25 +67,36 @@ struct OnlineSoftmax {
         top[h] = fmaxf(top[h], fmaxf(s[n][2 * h], s[n][2 * h + 1]));
       }
       top[h] = QuadMax(top[h]);
-      // A row with nothing visible so far has maximum -inf; -inf - (-inf) would be NaN.
-      shift[h] = (top[h] == TVM_FLASHINFER_NEG_INF ? 0.0f : top[h]) * scale;
     }
-    // Maxima settle after a few tiles; until a row's rises, what is accumulated stands.
-    const bool rises = __any_sync(0xffffffffu, top[0] > max[0] || top[1] > max[1]);
-    if (rises) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        rescale[h] = ptx::Exp2(max[h] * scale - shift[h]);
-        max[h] = top[h];
-        sum[h] *= rescale[h];
-      }
-    }
+    const bool rises = Raise(top, scale, kHeadroom, rescale);
+    const float shift[2] = {Shift(max[0], scale), Shift(max[1], scale)};
 #pragma unroll
     for (int n = 0; n < kLogitTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         s[n][e] = ptx::Exp2(s[n][e] * scale - shift[e / 2]);
         sum[e / 2] += s[n][e];
+      }
+    }
+    return rises;
+  }
+
+  /*!
+   * \brief Take higher maxima, the same in a row's threads, where one is higher by more than
+   * `headroom`, in log2 units.
+   * \param rescale Factors of what `o` holds, by row, where any of the warp's differs from 1.
+   * \return Whether one does.
+   */
+  __device__ __forceinline__ bool Raise(const float (&top)[2], float scale, float headroom,
+                                        float (&rescale)[2]) {
+    const bool rises = __any_sync(
+        0xffffffffu, (top[0] - max[0]) * scale > headroom || (top[1] - max[1]) * scale > headroom);
+    if (rises) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        rescale[h] = ptx::Exp2(max[h] * scale - Shift(top[h], scale));
+        max[h] = top[h];
+        sum[h] *= rescale[h];
       }
     }
     return rises;
@@ -109,6 +123,10 @@ struct OnlineSoftmax {
   }
 
  private:
+  // A row with nothing visible so far has maximum -inf; -inf - (-inf) would be NaN.
+  __device__ __forceinline__ static float Shift(float max, float scale) {
+    return (max == TVM_FLASHINFER_NEG_INF ? 0.0f : max) * scale;
+  }
   __device__ __forceinline__ static float QuadMax(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
