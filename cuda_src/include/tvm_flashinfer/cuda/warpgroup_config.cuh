@@ -103,9 +103,9 @@ struct WarpgroupConfig {
  * \brief Shape of the kernel of latent attention: 64 packed rows, of which a step's queries may
  * fill fewer, and values that are the first columns of their keys.
  *
- * A row's output does not fit a warpgroup's registers: the first warpgroup makes logits and
- * weights, and each sums its half of the values. Steps are short, so that two or three of the four
- * stages are on their way while one is multiplied: two stages of 64 tokens were 6 % slower.
+ * A row's output does not fit a warpgroup's registers: each sums one half of the values, and they
+ * make logits and weights of steps in turn. Steps are short, so that two or three of the four
+ * stages are on their way while others are multiplied: two stages of 64 tokens were 6 % slower.
  */
 template <typename T_, int kHeadDimQK_, int kHeadDimVO_>
 struct LatentConfig {
@@ -143,14 +143,15 @@ struct LatentConfig {
   using KTile = WgmmaTile<kHeadDimQK, kStepKV>;
   using VTile = KTile;
 
-  // Shared memory: ring, queries, merge, weights and factors of a step, records, rows, barriers.
+  // Shared memory: ring, queries, merge, weights and maxima of a step, records, rows, barriers.
   static constexpr int kVOffset = 0;
   static constexpr int kQOffset = kStages * KTile::kBytes;
   static constexpr int kScratchOffset = kQOffset + QTile::kBytes;
   static constexpr int kMergeBytes = kRows * 4;
   static constexpr int kWeightsOffset = kScratchOffset + kMergeBytes;
-  static constexpr int kFactorsOffset = kWeightsOffset + kRows * kStepKV * 2;
-  static constexpr int kInfoOffset = kFactorsOffset + kRows * 4;
+  static constexpr int kMaximaOffset = kWeightsOffset + kRows * kStepKV * 2;
+  static constexpr int kSumsOffset = kMaximaOffset + kWarpgroupSize * 8;
+  static constexpr int kInfoOffset = kSumsOffset + 2 * kWarpgroupSize * 8;
   static constexpr int kRowsOffset = kInfoOffset + kItemSlots * 64;
   static constexpr int kRowsBytes = kRows * sizeof(QueryRow);
   static constexpr int kBarrierOffset = kRowsOffset + kItemSlots * kRowsBytes;
