@@ -15,25 +15,40 @@
 namespace tvm_flashinfer {
 namespace cuda {
 
+/*! \brief The states of a token, by the plan's list: the same of all its heads. */
+struct MergedStates {
+  int begin, count;
+  int first;  //!< row of this lane's among the first 32
+
+  __device__ __forceinline__ MergedStates(const AttentionParams& p, int token, int lane)
+      : begin(p.plan.merge_indptr[token]),
+        count(p.plan.merge_indptr[token + 1] - begin),
+        first(Row(p, 0, lane)) {}
+  /*! \brief Row of a lane's state from the `done`-th on; lanes past the end repeat the last. */
+  __device__ __forceinline__ int Row(const AttentionParams& p, int done, int lane) const {
+    return p.plan.merge_rows[begin + min(done + lane, count - 1)];
+  }
+};
+
 /*!
  * \brief Merge the states of one token and query head; by one warp, a lane a state for weights and
  * four columns of each 128 for outputs.
  */
 template <typename C, typename Variant>
 __device__ __forceinline__ void MergeRow(const AttentionParams& p,
-                                         const typename Variant::Params& variant, int token,
-                                         int head, int lane) {
+                                         const typename Variant::Params& variant,
+                                         const MergedStates& merged, int token, int head,
+                                         int lane) {
   constexpr int kPanels = CeilDiv(C::kHeadDimVO, 4 * kWarpSize);
   constexpr int kBatch = kPanels >= 4 ? 2 : 8;  // states whose outputs are loaded at a time
-  const int begin = p.plan.merge_indptr[token];
-  const int count = p.plan.merge_indptr[token + 1] - begin;
+  const int count = merged.count;
   const int column = lane * 4;
   float top = TVM_FLASHINFER_NEG_INF, sum = 0.0f;
   float x[kPanels][4] = {};
   for (int done = 0; done < count; done += kWarpSize) {
     const int states = min(kWarpSize, count - done);
-    // Lanes past the end repeat the last state, with no weight.
-    const int row = p.plan.merge_rows[begin + done + min(lane, states - 1)];
+    // Lanes past the end have no weight.
+    const int row = done == 0 ? merged.first : merged.Row(p, done, lane);
     float o[kBatch][kPanels][4];
     const auto load = [&](int first) {
 #pragma unroll
@@ -77,8 +92,8 @@ __device__ __forceinline__ void MergeRow(const AttentionParams& p,
   const StateWriter<typename C::T, C::kHeadDimVO> writer(p, token, head, -1);
   const StateFinish finish = FinishState<Variant>(p, variant, token, head, true, top, sum);
   // A transform of outputs sees the whole row: it is left over the first partial output.
-  float* whole =
-      p.o_partial + (int64_t{p.plan.merge_rows[begin]} * p.num_qo_heads + head) * C::kHeadDimVO;
+  float* whole = p.o_partial +
+                 (int64_t{p.plan.merge_rows[merged.begin]} * p.num_qo_heads + head) * C::kHeadDimVO;
 #pragma unroll
   for (int panel = 0; panel < kPanels; ++panel) {
     const int at = panel * 4 * kWarpSize + column;
@@ -131,10 +146,16 @@ __device__ __forceinline__ void MergeCompleted(const AttentionParams& p,
   }
   Pipeline<C>::SyncConsumers();
   const int group = p.num_qo_heads / p.num_kv_heads;
-  for (int row = t / kWarpSize; row < item.q_count * group; row += C::kConsumerWarps) {
-    if (complete[row / group]) {
-      MergeRow<C, Variant>(p, variant, item.q_begin + row / group, item.head * group + row % group,
-                           t % kWarpSize);
+  const int warp = t / kWarpSize, lane = t % kWarpSize;
+  for (int i = 0; i < item.q_count; ++i) {
+    if (!complete[i]) continue;
+    const int merged = item.q_begin + i;
+    const MergedStates all(p, merged, lane);
+    // Heads of the tile's tokens are dealt to warps one after another.
+    const int rest = i * group % C::kConsumerWarps;
+    for (int h = (warp - rest + C::kConsumerWarps) % C::kConsumerWarps; h < group;
+         h += C::kConsumerWarps) {
+      MergeRow<C, Variant>(p, variant, all, merged, item.head * group + h, lane);
     }
   }
   Pipeline<C>::SyncConsumers();  // the next item reuses the memory
