@@ -59,7 +59,7 @@ part cache 120 "${pytest[@]}" tests/gpu/test_gpu_kv_cache.py
 part sm80 120 env TVM_FLASHINFER_GPU_ARCH=80 "${pytest[@]}" tests/gpu/test_gpu_attention.py
 part sanitizer 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
   "${pytest[@]}" tests/gpu -k "shared_prefix or window or forks or trees or latent"
-part racecheck 90 compute-sanitizer --tool racecheck --error-exitcode 9 \
+part racecheck 180 compute-sanitizer --tool racecheck --error-exitcode 9 \
   "${pytest[@]}" tests/gpu -k "window or forks"
 part model 150 "$python" tests/gpu/bench_model.py --json "$log/model.json" ${MODEL_OPTIONS:-}
 part attention 340 "$python" tests/gpu/bench_attention.py
