@@ -149,13 +149,13 @@ __device__ __forceinline__ void MergeCompleted(const AttentionParams& p,
   const int warp = t / kWarpSize, lane = t % kWarpSize;
   for (int i = 0; i < item.q_count; ++i) {
     if (!complete[i]) continue;
-    const int merged = item.q_begin + i;
-    const MergedStates all(p, merged, lane);
+    const int complete_token = item.q_begin + i;
+    const MergedStates merged(p, complete_token, lane);
     // Heads of the tile's tokens are dealt to warps one after another.
     const int rest = i * group % C::kConsumerWarps;
     for (int h = (warp - rest + C::kConsumerWarps) % C::kConsumerWarps; h < group;
          h += C::kConsumerWarps) {
-      MergeRow<C, Variant>(p, variant, all, merged, item.head * group + h, lane);
+      MergeRow<C, Variant>(p, variant, merged, complete_token, item.head * group + h, lane);
     }
   }
   Pipeline<C>::SyncConsumers();  // the next item reuses the memory

@@ -11,7 +11,7 @@ namespace tvm_flashinfer {
 namespace cuda {
 
 /*!
- * \brief Unnormalised output, running maximum and sum of 16 rows.
+ * \brief Unnormalised output, running maximum (or one up to kHeadroom below it) and sum of 16 rows.
  *
  * Without softmax logits are weights and the output is their sum: the maximum stays 0, so that
  * states merge as those of a softmax do, and the sum of weights is not kept.
@@ -42,7 +42,7 @@ struct OnlineSoftmax {
     }
   }
 
-  /*! \brief Replace logits by probabilities under the new maximum; rescale what was before. */
+  /*! \brief Replace logits by weights under the maximum; rescale what was before where it rose. */
   template <int kLogitTiles>
   __device__ __forceinline__ void Update(float (&s)[kLogitTiles][4], float scale) {
     if constexpr (!kSoftmax) return;
