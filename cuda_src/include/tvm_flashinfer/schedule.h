@@ -11,6 +11,7 @@
 #include <cstring>
 #include <vector>
 
+#include "merge_map.h"
 #include "plan.h"
 #include "plan_requests.h"
 #include "schedule_input.h"
@@ -23,13 +24,15 @@ namespace tvm_flashinfer {
 class Scheduler {
  public:
   explicit Scheduler(const PlanBounds& bounds)
-      : bounds_(bounds), layout_(PlanLayout::Make(bounds)), loads_(bounds.num_workers) {
+      : bounds_(bounds),
+        layout_(PlanLayout::Make(bounds)),
+        loads_(bounds.num_workers),
+        merges_(bounds.max_q_tokens) {
     const int64_t chunks = layout_.max_items / bounds.num_kv_heads;
     tiles_.resize(layout_.max_tiles);
     chunks_.resize(chunks);
     keys_.resize(chunks);
     owner_.resize(layout_.max_items);
-    states_.resize(bounds.max_q_tokens + 1);
   }
 
   const PlanBounds& bounds() const { return bounds_; }
@@ -58,13 +61,6 @@ class Scheduler {
   double imbalance() const { return imbalance_; }
 
  private:
-  struct Chunk {
-    int32_t tile, kv_begin, kv_count;
-    int32_t partial;  // first partial row, or -1
-    int64_t cost;
-    int32_t worker = 0;  // of FillInOrder: within a head's workers, or kSharedTail
-  };
-  static constexpr int32_t kSharedTail = -1;
   static constexpr int32_t kTailChunksPerWorker = 32;
   struct Key {
     int64_t cost;
@@ -169,7 +165,6 @@ class Scheduler {
    * `bound`, their heads taken together; costs of the chunks go to chunks_.
    */
   void CutTiles(const ScheduleInput& in, int64_t bound, int32_t fixed) {
-    std::fill(states_.begin(), states_.begin() + in.qo_indptr[in.num_requests] + 1, 0);
     num_chunks_ = 0;
     int64_t need = 0;
     for (int64_t i = 0; i < num_tiles_; ++i) {
@@ -182,29 +177,15 @@ class Scheduler {
       for (int32_t c = 0; c < t.num_chunks; ++c) {
         const int32_t begin = t.kv_begin + c * t.chunk;
         const int32_t count = std::max(0, std::min(t.chunk, t.kv_end - begin));
-        chunks_[num_chunks_++] = {static_cast<int32_t>(i), begin, count, -1,
-                                  (int64_t{count} + in.item_overhead) * t.weight};
+        chunks_[num_chunks_++] = {static_cast<int32_t>(i), begin, count, -1, CostOf(in, t, count)};
       }
-      for (int32_t q = 0; q < t.q_count; ++q) states_[t.q_begin + q] += t.num_chunks;
     }
-    CountPartials();
+    CountPartials(in);
   }
 
-  void CountPartials() {
-    num_partials_ = 0;
-    for (int64_t i = 0; i < num_tiles_; ++i) {
-      const Tile& t = tiles_[i];
-      if (IsPartial(t)) num_partials_ += int64_t{t.num_chunks} * t.q_count;
-    }
+  void CountPartials(const ScheduleInput& in) {
+    num_partials_ = merges_.Count(tiles_.data(), num_tiles_, in.qo_indptr[in.num_requests]);
     Require(PlanSection::kMergeRows, num_partials_, layout_.max_partials);
-  }
-
-  /*! A tile writes partial states if any of its tokens has a state elsewhere. */
-  bool IsPartial(const Tile& t) const {
-    for (int32_t q = 0; q < t.q_count; ++q) {
-      if (states_[t.q_begin + q] > 1) return true;
-    }
-    return false;
   }
 
   /*!
@@ -223,7 +204,7 @@ class Scheduler {
     total *= bounds_.num_kv_heads;
     const bool own_queues = !in.shared_queue && bounds_.num_workers >= bounds_.num_kv_heads;
     const int64_t in_order = own_queues ? FillInOrder(in) : INT64_MAX;
-    if (own_queues && has_tail_) return QueueInOrder();
+    if (own_queues && has_tail_) return QueueInOrder(in);
     // Sections keep KV in the cache, which filling in order does not: more is put up with for them.
     const bool sections = num_tiles_ > 0 && tiles_[num_tiles_ - 1].section > 0;
     const double even = sections ? 1.05 : 1.02;
@@ -233,7 +214,7 @@ class Scheduler {
         const int64_t bound = (total + shares - 1) / shares;
         if (own_queues && in_order <= LeastWorst(in, bound, even)) {
           if (splits > 1) FillInOrder(in);
-          QueueInOrder();
+          QueueInOrder(in);
           return true;
         }
         CutTiles(in, bound, 0);
@@ -243,7 +224,7 @@ class Scheduler {
         if (imbalance_ <= even) return true;
         if (in_order <= worst_) {
           FillInOrder(in);
-          QueueInOrder();
+          QueueInOrder(in);
           return true;
         }
         if (imbalance_ <= 1.05) return true;
@@ -288,11 +269,6 @@ class Scheduler {
       DealTiles(in, deal);
     } else {
       CutInOrder(in, left, per_head);
-    }
-    std::fill(states_.begin(), states_.begin() + in.qo_indptr[in.num_requests] + 1, 0);
-    for (int64_t i = 0; i < num_tiles_; ++i) {
-      const Tile& t = tiles_[i];
-      for (int32_t q = 0; q < t.q_count; ++q) states_[t.q_begin + q] += t.num_chunks;
     }
     imbalance_ = total == 0 || has_tail_ ? 1.0
                                          : static_cast<double>(worst_) * bounds_.num_workers /
@@ -385,8 +361,8 @@ class Scheduler {
   }
 
   /*! Queue what FillInOrder cut, for the workers that it gave it to. */
-  void QueueInOrder() {
-    CountPartials();
+  void QueueInOrder(const ScheduleInput& in) {
+    CountPartials(in);
     in_order_ = !has_tail_;
     if (in_order_) return SortWithinQueues();
     SortChunks(false);
@@ -525,7 +501,8 @@ class Scheduler {
     header->num_kv_pages =
         EmitPages(in, bounds_.max_requests, section(PlanSection::kKVIndptr),
                   section(PlanSection::kKVPosition), section(PlanSection::kKVIndices));
-    EmitMerge(num_tokens, section(PlanSection::kMergeIndptr), section(PlanSection::kMergeRows));
+    merges_.Emit(tiles_.data(), num_tiles_, num_tokens, chunks_.data(),
+                 section(PlanSection::kMergeIndptr), section(PlanSection::kMergeRows));
 
     int32_t* indptr = section(PlanSection::kWorkerIndptr);
     auto* items = reinterpret_cast<WorkItem*>(section(PlanSection::kItems));
@@ -578,41 +555,14 @@ class Scheduler {
     return {t.row, t.q_begin, t.q_count, c.kv_begin, c.kv_count, head, c.partial, t.level};
   }
 
-  /*! Number the partial rows tile by tile, and list for each token the rows it merges, in order. */
-  void EmitMerge(int32_t num_tokens, int32_t* indptr, int32_t* rows) {
-    indptr[0] = 0;
-    for (int32_t t = 0; t < num_tokens; ++t) indptr[t + 1] = 0;
-    for (int64_t i = 0; i < num_tiles_; ++i) {
-      const Tile& t = tiles_[i];
-      if (!IsPartial(t)) continue;
-      for (int32_t q = 0; q < t.q_count; ++q) indptr[t.q_begin + q + 1] += t.num_chunks;
-    }
-    for (int32_t t = 0; t < num_tokens; ++t) indptr[t + 1] += indptr[t];
-    std::fill_n(states_.begin(), num_tokens + 1, 0);  // from here: rows listed so far
-    int32_t next = 0;
-    int64_t chunk = 0;
-    for (int64_t i = 0; i < num_tiles_; ++i) {
-      const Tile& t = tiles_[i];
-      const bool partial = indptr[t.q_begin + 1] > indptr[t.q_begin];
-      for (int32_t c = 0; c < t.num_chunks; ++c, ++chunk) {
-        chunks_[chunk].partial = partial ? next : -1;
-        if (!partial) continue;
-        for (int32_t q = 0; q < t.q_count; ++q) {
-          const int32_t token = t.q_begin + q;
-          rows[indptr[token] + states_[token]++] = next++;
-        }
-      }
-    }
-  }
-
   PlanBounds bounds_;
   PlanLayout layout_;
   std::vector<Tile> tiles_;
   std::vector<Chunk> chunks_;
   std::vector<Key> keys_;
   WorkerLoads loads_;
+  MergeMap merges_;
   std::vector<int32_t> owner_;
-  std::vector<int32_t> states_;
   int64_t num_tiles_ = 0;
   int64_t num_chunks_ = 0;
   int64_t num_partials_ = 0;

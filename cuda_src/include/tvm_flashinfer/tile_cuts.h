@@ -21,6 +21,15 @@ struct Tile {
   int64_t weight;             // cost of one KV token of one head
 };
 
+/*! \brief Stretch of a tile's KV, of which every head is an item. */
+struct Chunk {
+  int32_t tile, kv_begin, kv_count;
+  int32_t partial;  //!< first partial row, or -1
+  int64_t cost;
+  int32_t worker = 0;  //!< of FillInOrder: within a head's workers, or kSharedTail
+};
+constexpr int32_t kSharedTail = -1;  //!< as a chunk's worker: any, once its own queue is empty
+
 inline int64_t AlignUp(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 /*! \brief Cost of `count` KV tokens of a tile as one item. */
