@@ -330,25 +330,27 @@ def test_pools_that_are_only_widened(
 
 
 @pytest.mark.parametrize(
-    ("arch", "tile", "heads", "page_size"),
+    ("arch", "tile", "heads", "page_size", "head_dim_qk"),
     [
-        ("80", 16, 5, 16),
-        ("90a", 16, 5, 16),
-        ("90a", 64, 128, 8),
-        pytest.param("80", 16, 40, 16, marks=pytest.mark.heavy),
-        pytest.param("80", 64, 40, 16, marks=pytest.mark.heavy),
-        pytest.param("90a", 64, 40, 16, marks=pytest.mark.heavy),
-        pytest.param("90a", 64, 40, 5, marks=pytest.mark.heavy),
+        ("80", 16, 5, 16, 576),
+        ("90a", 16, 5, 16, 576),
+        ("90a", 64, 128, 8, 576),
+        pytest.param("80", 16, 40, 16, 576, marks=pytest.mark.heavy),
+        pytest.param("80", 64, 40, 16, 576, marks=pytest.mark.heavy),
+        pytest.param("90a", 64, 40, 16, 576, marks=pytest.mark.heavy),
+        pytest.param("90a", 64, 40, 5, 576, marks=pytest.mark.heavy),
+        pytest.param("90a", 64, 40, 16, 512, marks=pytest.mark.heavy),
     ],
 )
 def test_values_that_start_their_keys(
-    emulated: Emulated, arch: str, tile: int, heads: int, page_size: int
+    emulated: Emulated, arch: str, tile: int, heads: int, page_size: int, head_dim_qk: int
 ) -> None:
     """DeepSeek's 576 and 512; heads above a tile's rows are cut into parts. On sm_90a by warpgroups
-    where pages are copied in boxes; pages of 5 tokens are not."""
+    where pages are copied in boxes; pages of 5 tokens are not. Their steps have 48 tokens: the
+    tile that begins with position 46 of 56 has masks in the steps of either warpgroup."""
     emulated.tiles, emulated.arch = (tile,), arch
-    pairs = [(2, 70), (1, 150), (1, 0), (16, 78), (1, 9)]
-    batch = PagedBatch(pairs, page_size, (heads, 1), (576, 512), "bfloat16")
+    pairs = [(2, 70), (1, 150), (1, 0), (16, 56), (1, 9)]
+    batch = PagedBatch(pairs, page_size, (heads, 1), (head_dim_qk, 512), "bfloat16")
     for r, k in enumerate(batch.k):
         batch.v[r] = k[..., :512]
     q, k, _ = batch.tensors()

@@ -272,10 +272,7 @@ def default_options(bench: Bench, shape: Shape) -> PlanOptions:
     """The heuristic of a run: tile by mean query length, one worker per resident block."""
     mean = sum(shape.qo_lens) / len(shape.qo_lens) * HEADS / KV_HEADS
     tile_rows = next((r for r in (16, 64, 128) if r >= mean), 128)
-    workers = bench.module.num_workers(tile_rows)
-    if sum(shape.kv_lens) * KV_HEADS < 256 * workers:  # too little for two blocks to share
-        workers = bench.multiprocessors
-    return PlanOptions(tile_rows=tile_rows, num_workers=workers)
+    return PlanOptions(tile_rows=tile_rows, num_workers=bench.module.num_workers(tile_rows))
 
 
 def sweep(bench: Bench, shape: Shape, options: PlanOptions) -> None:

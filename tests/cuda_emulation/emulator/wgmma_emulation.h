@@ -23,20 +23,24 @@ inline float Widen(uint16_t bits, int type) {
                                    : ::tvm_flashinfer::ToFloat(Float16{bits});
 }
 
-/*! \brief Element of an operand behind a descriptor of a 128-byte swizzle. */
+/*! \brief Element of an operand behind a descriptor: of a 128-byte swizzle, or of none. */
 inline float Operand(uint64_t descriptor, bool transpose, int outer, int k, int type) {
   const auto field = [&](int shift) {
     return static_cast<uint32_t>(descriptor >> shift & 0x3fff) << 4;
   };
   auto& block = Block::Current();
-  if (descriptor >> 62 != 1) block.Fail("a descriptor without the 128-byte swizzle");
+  const bool swizzled = descriptor >> 62 == 1;
+  if (!swizzled && (descriptor >> 62 != 0 || transpose))
+    block.Fail("a descriptor of no known form");
   uint32_t at = field(0);
-  if (transpose) {
+  if (!swizzled) {
+    at += outer / 8 * field(32) + k / 8 * field(16) + outer % 8 * 16 + k % 8 * 2;
+  } else if (transpose) {
     at += outer / 64 * field(16) + k / 8 * field(32) + k % 8 * 128 + outer % 64 * 2;
   } else {
     at += outer / 8 * field(32) + outer % 8 * 128 + k * 2;
   }
-  at ^= (at >> 7 & 7) << 4;
+  if (swizzled) at ^= (at >> 7 & 7) << 4;
   uint16_t bits;
   std::memcpy(&bits, block.Shared(at, 2), 2);
   return Widen(bits, type);
@@ -185,6 +189,14 @@ inline void WgmmaShared(float (&c)[kTiles][4], uint64_t a, uint64_t b, int accum
 template <typename T, int kTiles>
 inline void WgmmaRegisters(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
   detail::Issue<T>({c[0], kTiles * 8, {a[0], a[1], a[2], a[3]}, 0, b, true, true, 0});
+}
+template <typename T, int kTiles>
+inline void WgmmaMixed(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
+  detail::Issue<T>({c[0], kTiles * 8, {a[0], a[1], a[2], a[3]}, 0, b, false, true, 0});
+}
+template <typename T, int kTiles>
+inline void WgmmaSharedKN(float (&c)[kTiles][4], uint64_t a, uint64_t b) {
+  detail::Issue<T>({c[0], kTiles * 8, {}, a, b, true, true, 0});
 }
 
 }  // namespace ptx

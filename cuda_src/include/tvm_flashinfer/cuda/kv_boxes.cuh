@@ -16,7 +16,8 @@ namespace tvm_flashinfer {
 namespace cuda {
 
 /*!
- * \brief One of four producer warps: the first copies K, the second V, the others queries.
+ * \brief One of four producer warps: the first copies K, the second V, or half of K where values
+ * start their keys, the others queries.
  *
  * Boxes never cross a page, since pages and chunks begin at multiples of eight tokens
  * (ScheduleInput::kv_align).
@@ -26,10 +27,8 @@ class BoxLoader {
  public:
   using T = typename C::T;
   static constexpr int kBoxes = C::kStepKV / kBoxTokens;
-  //! Boxes whose places are shuffled at once.
-  static constexpr int kBatch = kBoxes < 8 ? kBoxes : 8;
-  static_assert(kBoxes % kBatch == 0 && kBoxes <= kWarpSize,
-                "every lane knows the place of one box at most");
+  static constexpr int kKWarps = C::kSharedKV ? 2 : 1;  //!< that copy every other box of K
+  static_assert(kBoxes <= kWarpSize, "every lane knows the place of one box at most");
   static_assert(C::KTile::kGroupBytes == C::kHeadDimQK * kBoxTokens * 2 &&
                     (C::kSharedKV || C::VTile::kGroupBytes == C::kHeadDimVO * kBoxTokens * 2),
                 "a box is one stretch of a tile");
@@ -48,10 +47,17 @@ class BoxLoader {
   __device__ __forceinline__ void Load(const ItemInfo& info,
                                        const RingCursor<C::kItemSlots>& items) {
     if (warp_ == 0) {
-      LoadSteps(info, [&](const TokenPlace& place, int count) { LoadK(info.item, place, count); });
+      LoadSteps(info, [&](const TokenPlace& place, const StageRecord& stage) {
+        LoadK(info.item, place, stage);
+      });
     } else if (warp_ == 1) {
-      if constexpr (C::kSharedKV) return;
-      LoadSteps(info, [&](const TokenPlace& place, int count) { LoadV(info.item, place, count); });
+      LoadSteps(info, [&](const TokenPlace& place, const StageRecord& stage) {
+        if constexpr (C::kSharedKV) {
+          LoadK(info.item, place, stage);
+        } else {
+          LoadV(info.item, place, stage);
+        }
+      });
     } else {
       ptx::WaitForEarlierLaunches();
       if constexpr (C::kQuerySlots == 1) {
@@ -63,7 +69,7 @@ class BoxLoader {
   }
 
  private:
-  /*! \param load Called with the place of lane i's box, the i-th, and the step's tokens. */
+  /*! \param load Called with the place of lane i's box, the i-th, and the stage it goes to. */
   template <typename F>
   __device__ __forceinline__ void LoadSteps(const ItemInfo& info, F load) {
     const WorkItem& item = info.item;
@@ -73,39 +79,59 @@ class BoxLoader {
       return lookup_.Find(pages, item, exists ? step * C::kStepKV + lane_ * kBoxTokens : -1);
     };
     StepsDown<C, Variant> steps(variant_, info);
-    TokenPlace place = find(steps.step());
+    StageRecord stage{steps.step(), steps.tile(), 0};
+    TokenPlace place = find(stage.step);
+    if (C::kStageRecords && stage.step >= 0) steps.Next();
     ptx::WaitForEarlierLaunches();
-    while (steps.step() >= 0) {
-      const int count = min(C::kStepKV, item.kv_count - steps.step() * C::kStepKV);
-      steps.Next();
-      const TokenPlace ahead = find(steps.step());
-      load(place, count);
+    while (stage.step >= 0) {
+      if constexpr (!C::kStageRecords) steps.Next();
+      const StageRecord next{steps.step(), steps.tile(), 0};
+      const TokenPlace ahead = find(next.step);
+      if constexpr (C::kStageRecords) {
+        if (next.step >= 0) steps.Next();
+        stage.followers = next.step < 0 ? 0 : steps.step() < 0 ? 1 : 2;
+      }
+      load(place, stage);
       stages_.Advance();
+      stage = next;
       place = ahead;
     }
   }
 
+  /*! \brief Tokens of the chunk in a stage. */
+  __device__ __forceinline__ static int Tokens(const WorkItem& item, const StageRecord& stage) {
+    return min(C::kStepKV, item.kv_count - stage.step * C::kStepKV);
+  }
+
   /*! Tokens past the chunk's end may be anything: their logits are masked. */
-  __device__ __forceinline__ void LoadK(const WorkItem& item, const TokenPlace& place, int count) {
+  __device__ __forceinline__ void LoadK(const WorkItem& item, const TokenPlace& place,
+                                        const StageRecord& stage) {
     using Tile = typename C::KTile;
+    const int count = Tokens(item, stage);
     const uint32_t tile = pipeline_.K(stages_.slot), full = pipeline_.FullK(stages_.slot);
     ptx::MbarrierWait(pipeline_.EmptyK(stages_.slot), stages_.phase ^ 1);
+    if constexpr (C::kStageRecords) {
+      if (warp_ == 0 && ptx::ElectOne()) *pipeline_.Stage(stages_.slot) = stage;
+    }
     int boxes = CeilDiv(count, kBoxTokens);
     if constexpr (C::kSharedKV) {
       boxes = count / kBoxTokens;
       if (count < C::kStepKV && warp_ == 0)
         CopyEnd<Tile>(p_.k, p_.k_strides, item, place, count, tile);
     }
-    CopyBoxes<Tile>(maps_.k, MapHead(p_.k_strides, item.head), place, boxes, tile, full);
+    CopyBoxes<Tile, C::kParts, kKWarps>(maps_.k, MapHead(p_.k_strides, item.head), place, boxes,
+                                        tile, full);
   }
 
-  __device__ __forceinline__ void LoadV(const WorkItem& item, const TokenPlace& place, int count) {
+  __device__ __forceinline__ void LoadV(const WorkItem& item, const TokenPlace& place,
+                                        const StageRecord& stage) {
     using Tile = typename C::VTile;
+    const int count = Tokens(item, stage);
     const uint32_t tile = pipeline_.V(stages_.slot), full = pipeline_.FullV(stages_.slot);
     ptx::MbarrierWait(pipeline_.EmptyV(stages_.slot), stages_.phase ^ 1);
     if (count < C::kStepKV) CopyEnd<Tile>(p_.v, p_.v_strides, item, place, count, tile);
-    CopyBoxes<Tile>(maps_.v, MapHead(p_.v_strides, item.head), place, count / kBoxTokens, tile,
-                    full);
+    CopyBoxes<Tile, 1, 1>(maps_.v, MapHead(p_.v_strides, item.head), place, count / kBoxTokens,
+                          tile, full);
   }
 
   /*!
@@ -133,25 +159,45 @@ class BoxLoader {
     __syncwarp();
   }
 
-  template <typename Tile>
+  /*!
+   * \brief This warp's boxes of a tile, of kWarps' that take them in turn, part by part.
+   * \param full The barrier of the first part; the others follow it.
+   */
+  template <typename Tile, int kParts, int kWarps>
   __device__ __forceinline__ void CopyBoxes(const ptx::TensorMap& map, int head,
                                             const TokenPlace& place, int boxes, uint32_t tile,
                                             uint32_t full) const {
-    if (ptx::ElectOne()) ptx::MbarrierArriveExpect(full, boxes * Tile::kGroupBytes);
+    constexpr int kOwn = kBoxes / kWarps, kBatch = kOwn < 8 ? kOwn : 8;  // shuffled at once
+    static_assert(kBoxes % kWarps == 0 && kOwn % kBatch == 0 && (kParts == 1 || kOwn == kBatch),
+                  "boxes come in whole batches, and parts of boxes in one");
+    constexpr int kPanels = Tile::kGroupBytes / Tile::kPanelBytes / kParts;
+    const int first_box = kWarps == 1 ? 0 : warp_;
+    const int own = (boxes - first_box + kWarps - 1) / kWarps;
+    if (ptx::ElectOne()) {
 #pragma unroll
-    for (int first = 0; first < kBoxes; first += kBatch) {
+      for (int part = 0; part < kParts; ++part) {
+        ptx::MbarrierArriveExpect(full + part * 8, own * kPanels * Tile::kPanelBytes);
+      }
+    }
+#pragma unroll
+    for (int first = 0; first < kOwn; first += kBatch) {
       int page[kBatch], entry[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        page[i] = __shfl_sync(0xffffffffu, place.page, first + i);
-        entry[i] = __shfl_sync(0xffffffffu, place.entry, first + i);
+        const int box = first_box + (first + i) * kWarps;
+        page[i] = __shfl_sync(0xffffffffu, place.page, box);
+        entry[i] = __shfl_sync(0xffffffffu, place.entry, box);
       }
       if (ptx::ElectOne()) {
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (first + i >= boxes) break;
-          ptx::CopyBox(tile + (first + i) * Tile::kGroupBytes, map, {0, entry[i], 0, head, page[i]},
-                       full);
+        for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            if (first + i >= own) break;
+            const int box = first_box + (first + i) * kWarps;
+            ptx::CopyBox(tile + box * Tile::kGroupBytes + part * kPanels * Tile::kPanelBytes, map,
+                         {0, entry[i], part * kPanels, head, page[i]}, full + part * 8);
+          }
         }
       }
       __syncwarp();

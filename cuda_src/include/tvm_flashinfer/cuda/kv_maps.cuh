@@ -32,20 +32,20 @@ namespace detail {
 
 constexpr int kMapDims = 5;
 
-/*! \brief Sizes and strides of a pool's map; a box has whole heads and kBoxTokens tokens. */
+/*! \brief Sizes and strides of a pool's map; a box has some panels of kBoxTokens tokens. */
 struct KVMapShape {
   uint64_t size[kMapDims];              //!< elements, innermost first
   uint64_t stride_bytes[kMapDims - 1];  //!< of all but the innermost
   uint32_t box[kMapDims];
 
-  KVMapShape(const AttentionParams& p, const KVStrides& strides, int head_dim)
+  KVMapShape(const AttentionParams& p, const KVStrides& strides, int head_dim, int panels)
       // The pool's pages are not counted here: page ids come from a plan.
       : size{64, static_cast<uint64_t>(p.page_size), static_cast<uint64_t>(head_dim / 64),
              static_cast<uint64_t>(strides.head == 0 ? 1 : p.num_kv_heads), uint64_t{1} << 31},
         stride_bytes{static_cast<uint64_t>(strides.token) * 2, 128,
                      static_cast<uint64_t>(strides.head == 0 ? strides.page : strides.head) * 2,
                      static_cast<uint64_t>(strides.page) * 2},
-        box{64, kBoxTokens, static_cast<uint32_t>(head_dim / 64), 1, 1} {}
+        box{64, kBoxTokens, static_cast<uint32_t>(panels), 1, 1} {}
 };
 
 #if defined(TVM_FLASHINFER_CUDA_EMULATION)
@@ -76,13 +76,17 @@ inline bool Encode(ptx::TensorMap* map, const void* pool, const KVMapShape& shap
 }  // namespace detail
 
 /*!
- * \brief Make the maps of a run.
+ * \brief Make the maps of a run for a kernel's config.
  * \return false: its pages cannot be copied in boxes, and rows must be gathered.
  */
-inline bool MakeKVMaps(const AttentionParams& p, int head_dim_qk, int head_dim_vo, KVMaps* maps) {
-  return p.page_size % kBoxTokens == 0 &&
-         detail::Encode(&maps->k, p.k, detail::KVMapShape(p, p.k_strides, head_dim_qk)) &&
-         detail::Encode(&maps->v, p.v, detail::KVMapShape(p, p.v_strides, head_dim_vo));
+template <typename C>
+bool MakeKVMaps(const AttentionParams& p, KVMaps* maps) {
+  using detail::KVMapShape;
+  constexpr int kPanelsQK = C::kHeadDimQK / 64, kPanelsVO = C::kHeadDimVO / 64;
+  const KVMapShape k(p, p.k_strides, C::kHeadDimQK, kPanelsQK / C::kParts);
+  const KVMapShape v(p, p.v_strides, C::kHeadDimVO, kPanelsVO);
+  return p.page_size % kBoxTokens == 0 && detail::Encode(&maps->k, p.k, k) &&
+         (C::kSharedKV || detail::Encode(&maps->v, p.v, v));
 }
 
 }  // namespace cuda

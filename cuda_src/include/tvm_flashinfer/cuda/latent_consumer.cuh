@@ -58,8 +58,15 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
   using Mask = ItemMask<C, Variant>;
   using Cursor = RingCursor<C::kStages>;
 
-  // Products of a Q K^T, 16 dims each: all of them, and the first part.
-  static constexpr int kLastK = C::kHeadDimQK / 16, kFirstK = 24;
+  // Products of a Q K^T, 16 dims each: those with queries in shared memory, and those of a part.
+  static constexpr int kSharedK = (C::kHeadDimQK - C::kRegisterDims) / 16;
+  static constexpr int kPartK = C::kHeadDimQK / 16 / C::kParts;
+
+  /*! \brief An item's queries: a tile in shared memory, and the last dims of this thread's rows. */
+  struct Queries {
+    uint32_t tile;
+    uint32_t last[C::kRegisterDims / 16][4];
+  };
 
   /*! \brief An item's state. Steps are this warpgroup's and the other's in turn. */
   __device__ __forceinline__ void Sum(const ItemInfo& info, const QueryRow (&rows)[2], int slot,
@@ -68,30 +75,16 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
     BlockLayout<C> whole = at_;
     whole.slice = 0;  // either warpgroup has logits of whole steps
     const Mask mask(variant_, info, rows, whole);
-    const uint32_t queries = pipeline_.Q(slot);
-    Steps steps(variant_, info);
-    if (group_ == 1 && steps.step() >= 0) {
-      steps.Next();
+    Queries queries;
+    queries.tile = pipeline_.Q(slot);
+    LoadLast(rows, &queries);
+    bool more = Steps(variant_, info).step() >= 0;
+    if (more && group_ == 1) {
+      more = Stage(summed_).followers > 0;
       SumOther(state);
     }
-    if (steps.step() >= 0) {
-      Own own;
-      MultiplyFirstQK(own.s, queries, summed_);
-      MultiplyQK<kFirstK, kLastK>(own.s, queries, summed_);
-      bool follows = MoveOn(&steps, &own);
-      ptx::WgmmaWait<0>();
-      ptx::PinRegisters(own.s);
-      Weigh(mask, &own, state);
-      while (steps.step() >= 0) {
-        SumOwnAndOther(mask, queries, &steps, &own, state, &follows);
-      }
-      Release(pipeline_.ItemEmpty(slot));
-      MultiplyOwnPV(own, state);
-      EndPV(state);
-      if (follows) SumOther(state);
-    } else {
-      Release(pipeline_.ItemEmpty(slot));
-    }
+    if (more) SumSteps(mask, queries, state);
+    Release(pipeline_.ItemEmpty(slot));
     state->Finish(scale_);
     AddSums(state->sum);
   }
@@ -99,97 +92,95 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
   /*! \brief A step of this warpgroup's: its logits, and what becomes of them. */
   struct Own {
     Logits s;
-    int step;
-    TileClass tile;
+    StageRecord stage;
     Weights weights;
-    float rescale[2];
-    bool rises;
   };
 
-  /*!
-   * \brief Note the step at hand, and move on to this warpgroup's next.
-   * \return Whether the other has one before that.
-   */
-  __device__ __forceinline__ static bool MoveOn(Steps* steps, Own* own) {
-    own->step = steps->step();
-    own->tile = steps->tile();
-    steps->Next();
-    if (steps->step() < 0) return false;
-    steps->Next();
-    return true;
-  }
-
-  /*! \brief Weights from logits, also for the other warpgroup. */
-  __device__ __forceinline__ void Weigh(const Mask& mask, Own* own, State* state) const {
-    Transform(own->s, mask, own->step);
-    if (own->tile == TileClass::kMixed) mask.Mask(own->s, own->step);
-    own->rises = state->Exponentiate(own->s, scale_, own->rescale);
-    Round(own->s, own->weights);
-    Send(own->weights, state->max);
-  }
-
-  /*! \brief P V of the step in `own` and of the other's after it, and weights of the next own. */
-  __device__ __forceinline__ void SumOwnAndOther(const Mask& mask, uint32_t queries, Steps* steps,
-                                                 Own* own, State* state, bool* follows) {
-    Cursor keys = summed_;
-    keys.Advance();
-    keys.Advance();
-    MultiplyOwnPV(*own, state);
-    // A warp is held up until its products are taken: a part first, and the stage of the products
-    // before them is released in time.
-    MultiplyFirstQK(own->s, queries, keys);
-    ptx::WgmmaWait<1>();
-    ptx::PinRegisters(state->o);
-    ReleaseStage();
-    MultiplyQK<kFirstK, kLastK>(own->s, queries, keys);
-    *follows = MoveOn(steps, own);
-    Weights others;
-    Receive(others, state);
-    AwaitStage(summed_);
-    MultiplyPV(state->o, others);
-    ptx::WgmmaWait<1>();
-    ptx::PinRegisters(own->s);
-    Weigh(mask, own, state);
-    EndPV(state);
+  /*! \brief The steps that are left, from one of this warpgroup's on. */
+  __device__ __forceinline__ void SumSteps(const Mask& mask, const Queries& queries, State* state) {
+    Own own;
+    MultiplyQK(&own, queries, summed_);
+    ptx::WgmmaWait<0>();
+    ptx::PinRegisters(own.s);
+    Weigh(mask, &own, state);
+    while (true) {
+      MultiplyOwnPV(own.weights, state);
+      EndPV(state);  // before keys are waited for: theirs may be the place to fill
+      if (own.stage.followers < 2) break;
+      Cursor keys = summed_;
+      keys.Advance();
+      MultiplyQK(&own, queries, keys);
+      MultiplyOthersPV(state);
+      EndPV(state);
+      ptx::PinRegisters(own.s);
+      Weigh(mask, &own, state);
+    }
+    if (own.stage.followers == 1) SumOther(state);
   }
 
   /*! \brief The whole of a step of the other's. */
   __device__ __forceinline__ void SumOther(State* state) {
-    Weights weights;
-    Receive(weights, state);
-    AwaitStage(summed_);
-    MultiplyPV(state->o, weights);
+    MultiplyOthersPV(state);
     EndPV(state);
   }
 
-  __device__ __forceinline__ void MultiplyOwnPV(const Own& own, State* state) {
-    if (own.rises) state->Rescale(own.rescale);
-    MultiplyPV(state->o, own.weights);  // the stage was waited for by its Q K^T
+  /*! \brief Weights from logits, also for the other warpgroup; no products are in flight. */
+  __device__ __forceinline__ void Weigh(const Mask& mask, Own* own, State* state) const {
+    Transform(own->s, mask, own->stage.step);
+    if (own->stage.tile == TileClass::kMixed) mask.Mask(own->s, own->stage.step);
+    state->Update(own->s, scale_);
+    Round(own->s, own->weights);
+    Send(own->weights, state->max);
   }
 
-  /*! \brief Issue the first part of a stage's Q K^T, once it is there. */
-  __device__ __forceinline__ void MultiplyFirstQK(Logits& s, uint32_t queries,
-                                                  const Cursor& keys) const {
-    AwaitStage(keys);
-    MultiplyQK<0, kFirstK>(s, queries, keys);
-  }
-  /*! \brief Issue products [kBegin, kEnd) of s = Q K^T of a stage. */
-  template <int kBegin, int kEnd>
-  __device__ __forceinline__ void MultiplyQK(Logits& s, uint32_t queries,
-                                             const Cursor& keys) const {
-    ptx::WgmmaFence();
+  __device__ __forceinline__ void LoadLast(const QueryRow (&rows)[2], Queries* queries) const {
 #pragma unroll
-    for (int k = kBegin; k < kEnd; ++k) {
-      ptx::WgmmaShared<T>(s, C::QTile::Columns(queries, 0, k),
-                          C::KTile::Columns(pipeline_.K(keys.slot), 0, k), k > 0);
+    for (int h = 0; h < 2; ++h) {
+      const bool exists = rows[h].token >= 0;
+      const T* from = static_cast<const T*>(p_.q) + kSharedK * 16 + at_.lane % 4 * 2;
+      if (exists) from += rows[h].token * p_.q_token_stride + rows[h].head * p_.q_head_stride;
+#pragma unroll
+      for (int i = 0; i < C::kRegisterDims / 8; ++i) {
+        queries->last[i / 2][i % 2 * 2 + h] =
+            exists ? *reinterpret_cast<const uint32_t*>(from + i * 8) : 0;
+      }
+    }
+  }
+
+  /*! \brief What is in a stage, once its first part is there. */
+  __device__ __forceinline__ StageRecord Stage(const Cursor& stage) const {
+    ptx::MbarrierWait(pipeline_.FullK(stage.slot), stage.phase);
+    return *pipeline_.Stage(stage.slot);
+  }
+
+  /*! \brief Issue s = Q K^T of a stage, as its parts arrive. */
+  __device__ __forceinline__ void MultiplyQK(Own* own, const Queries& queries,
+                                             const Cursor& keys) const {
+    own->stage = Stage(keys);
+#pragma unroll
+    for (int part = 0; part < C::kParts; ++part) {
+      if (part > 0) ptx::MbarrierWait(pipeline_.FullK(keys.slot, part), keys.phase);
+      ptx::WgmmaFence();
+#pragma unroll
+      for (int k = part * kPartK; k < (part + 1) * kPartK; ++k) {
+        const uint64_t columns = C::KTile::Columns(pipeline_.K(keys.slot), 0, k);
+        if (k < kSharedK) {
+          ptx::WgmmaShared<T>(own->s, C::QTile::Columns(queries.tile, 0, k), columns, k > 0);
+        } else {
+          ptx::WgmmaMixed<T>(own->s, queries.last[k - kSharedK], columns);
+        }
+      }
     }
     ptx::WgmmaCommit();
   }
 
-  /*! \brief Issue o += P V of this warpgroup's columns of the next stage. */
-  __device__ __forceinline__ void MultiplyPV(float (&o)[C::kColumns / 8][4],
-                                             const Weights& weights) {
-    constexpr int kTiles = 16;  // 128 columns a product
+  /*!
+   * \brief Issue o += P V of this warpgroup's columns of the next stage.
+   * \param multiply Called with 128 columns of o, a product's index and its operand's descriptor.
+   */
+  template <typename F>
+  __device__ __forceinline__ void MultiplyPV(float (&o)[C::kColumns / 8][4], F multiply) {
+    constexpr int kTiles = 16;
     const uint32_t tile =
         pipeline_.K(summed_.slot) + group_ * (C::kColumns / 64) * C::KTile::kPanelBytes;
     ptx::PinRegisters(o);  // or the first ones are cleared after the fence
@@ -198,17 +189,31 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
     for (int k = 0; k < C::kStepKV / 16; ++k) {
 #pragma unroll
       for (int n = 0; n < C::kColumns / 8; n += kTiles) {
-        ptx::WgmmaRegisters<T>(reinterpret_cast<float (&)[kTiles][4]>(o[n]), weights[k],
-                               C::KTile::Rows(tile, k, 8 * n));
+        multiply(reinterpret_cast<float (&)[kTiles][4]>(o[n]), k, C::KTile::Rows(tile, k, 8 * n));
       }
     }
     ptx::WgmmaCommit();
     summed_.Advance();
   }
-
-  __device__ __forceinline__ void AwaitStage(const Cursor& stage) const {
-    ptx::MbarrierWait(pipeline_.FullK(stage.slot), stage.phase);
+  /*! \brief Of this warpgroup's step, whose stage was waited for by its Q K^T. */
+  __device__ __forceinline__ void MultiplyOwnPV(const Weights& weights, State* state) {
+    MultiplyPV(state->o, [&](float (&o)[16][4], int k, uint64_t values) {
+      ptx::WgmmaRegisters<T>(o, weights[k], values);
+    });
   }
+  /*! \brief Of a step of the other's, under whose maxima the state is brought. */
+  __device__ __forceinline__ void MultiplyOthersPV(State* state) {
+    ptx::NamedBarrier(kSent + (group_ ^ 1), C::kConsumerThreads);
+    const PerRow max = *OfRows(C::kMaximaOffset);
+    float rescale[2];
+    if (state->Raise(max.x, scale_, 0.0f, rescale)) state->Rescale(rescale);
+    const uint32_t weights =
+        pipeline_.base + C::kWeightsOffset;  // who sent them saw the stage full
+    MultiplyPV(state->o, [&](float (&o)[16][4], int k, uint64_t values) {
+      ptx::WgmmaSharedKN<T>(o, C::WeightsTile::Columns(weights, k), values);
+    });
+  }
+
   /*! \brief Wait for all products, and release the last stage. */
   __device__ __forceinline__ void EndPV(State* state) {
     ptx::WgmmaWait<0>();
@@ -220,11 +225,8 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
     released_.Advance();
   }
 
-  // The mailbox: weights, and the rows' maxima under which they were made, thread by thread, as
-  // both warpgroups hold the same rows. It holds one step: who has read a step's writes the next.
-  struct alignas(16) Fragment {
-    uint32_t x[4];
-  };
+  // The mailbox: weights, and the maxima of a thread's two rows under which they were made. It
+  // holds one step: who has multiplied a step's writes the next.
   struct alignas(8) PerRow {
     float x[2];
   };
@@ -232,39 +234,30 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
   __device__ __forceinline__ void Send(const Weights& weights, const float (&max)[2]) const {
 #pragma unroll
     for (int k = 0; k < C::kStepKV / 16; ++k) {
-      *At<Fragment>(C::kWeightsOffset,
-                    k) = {{weights[k][0], weights[k][1], weights[k][2], weights[k][3]}};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        *reinterpret_cast<uint32_t*>(pipeline_.smem + C::kWeightsOffset +
+                                     C::WeightsTile::Offset(at_.warp_q * 2 + i % 2, k * 2 + i / 2) +
+                                     at_.lane * 4) = weights[k][i];
+      }
     }
-    *At<PerRow>(C::kMaximaOffset) = {{max[0], max[1]}};
+    if (at_.lane % 4 == 0) *OfRows(C::kMaximaOffset) = {{max[0], max[1]}};
+    ptx::FenceAsyncProxy();
     ptx::NamedBarrierArrive(kSent + group_, C::kConsumerThreads);
-  }
-  /*! \brief The other's weights, under whose maxima the state is brought. */
-  __device__ __forceinline__ void Receive(Weights& weights, State* state) const {
-    ptx::NamedBarrier(kSent + (group_ ^ 1), C::kConsumerThreads);
-#pragma unroll
-    for (int k = 0; k < C::kStepKV / 16; ++k) {
-      const Fragment fragment = *At<Fragment>(C::kWeightsOffset, k);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) weights[k][i] = fragment.x[i];
-    }
-    const PerRow max = *At<PerRow>(C::kMaximaOffset);
-    float rescale[2];
-    if (state->Raise(max.x, scale_, 0.0f, rescale)) state->Rescale(rescale);
   }
   /*! \brief Complete the sums of rows, of which each warpgroup has those of its steps. */
   __device__ __forceinline__ void AddSums(float (&sum)[2]) const {
-    *At<PerRow>(C::kSumsOffset, group_) = {{sum[0], sum[1]}};
+    if (at_.lane % 4 == 0) *OfRows(C::kSumsOffset, group_) = {{sum[0], sum[1]}};
     Pipeline<C>::SyncConsumers();
-    const PerRow other = *At<PerRow>(C::kSumsOffset, group_ ^ 1);
+    const PerRow other = *OfRows(C::kSumsOffset, group_ ^ 1);
     Pipeline<C>::SyncConsumers();  // the next item's take their place
 #pragma unroll
     for (int h = 0; h < 2; ++h) sum[h] += other.x[h];
   }
-  /*! \brief This thread's place in the i-th of arrays of one element a thread. */
-  template <typename E>
-  __device__ __forceinline__ E* At(int offset, int i = 0) const {
-    return reinterpret_cast<E*>(pipeline_.smem + offset) + i * kWarpgroupSize +
-           at_.thread % kWarpgroupSize;
+  /*! \brief This thread's rows, which three others have too, in the i-th of arrays of rows. */
+  __device__ __forceinline__ PerRow* OfRows(int offset, int i = 0) const {
+    return reinterpret_cast<PerRow*>(pipeline_.smem + offset) +
+           (i * kWarpgroupSize + at_.thread % kWarpgroupSize) / 4;
   }
 
   static constexpr int kSent = 2;  //!< the first of two named barriers; 1 is that of all consumers

@@ -157,8 +157,8 @@ struct AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant, FormOf<T, T,
   }
   static cudaError_t Launch(const AttentionParams& p, int num_workers, cudaStream_t stream) {
     const auto& variant = VariantParamsOf<Variant>(p);
-    KVMaps maps;
-    if (MakeKVMaps(p, kHeadDimQK, kHeadDimVO, &maps)) {
+    KVMaps maps{};
+    if (MakeKVMaps<C<true>>(p, &maps)) {
       return Kernel<true>::Launch(num_workers, stream, p, variant, maps);
     }
     return Kernel<false>::Launch(num_workers, stream, p, variant, NoMaps{});
@@ -166,8 +166,8 @@ struct AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant, FormOf<T, T,
 #else
   static void Emulate(const AttentionParams& p, int num_workers, bool reversed) {
     const auto& variant = VariantParamsOf<Variant>(p);
-    KVMaps maps;
-    if (MakeKVMaps(p, kHeadDimQK, kHeadDimVO, &maps)) {
+    KVMaps maps{};
+    if (MakeKVMaps<C<true>>(p, &maps)) {
       Kernel<true>::Emulate(num_workers, reversed, p, variant, maps);
     } else {
       Kernel<false>::Emulate(num_workers, reversed, p, variant, NoMaps{});
@@ -195,8 +195,8 @@ struct AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant, FormOf<T, T,
   }
   static cudaError_t Launch(const AttentionParams& p, int num_workers, cudaStream_t stream) {
     const auto& variant = VariantParamsOf<Variant>(p);
-    KVMaps maps;
-    if (MakeKVMaps(p, kHeadDimQK, kHeadDimVO, &maps)) {
+    KVMaps maps{};
+    if (MakeKVMaps<C>(p, &maps)) {
       return Kernel::Launch(num_workers, stream, p, variant, maps);
     }
     return RowsKernel::Launch(num_workers, stream, p, variant);
@@ -204,8 +204,8 @@ struct AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant, FormOf<T, T,
 #else
   static void Emulate(const AttentionParams& p, int num_workers, bool reversed) {
     const auto& variant = VariantParamsOf<Variant>(p);
-    KVMaps maps;
-    if (MakeKVMaps(p, kHeadDimQK, kHeadDimVO, &maps)) {
+    KVMaps maps{};
+    if (MakeKVMaps<C>(p, &maps)) {
       Kernel::Emulate(num_workers, reversed, p, variant, maps);
     } else {
       RowsKernel::Emulate(num_workers, reversed, p, variant);

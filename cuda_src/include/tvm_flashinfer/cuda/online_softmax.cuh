@@ -46,8 +46,10 @@ struct OnlineSoftmax {
   template <int kLogitTiles>
   __device__ __forceinline__ void Update(float (&s)[kLogitTiles][4], float scale) {
     if constexpr (!kSoftmax) return;
-    float rescale[2];
-    if (Exponentiate(s, scale, rescale)) Rescale(rescale);
+    float top[2], rescale[2];
+    FindTop(s, top);
+    if (Raise(top, scale, kHeadroom, rescale)) Rescale(rescale);
+    Weigh(s, scale);
   }
 
   /*!
@@ -59,25 +61,9 @@ struct OnlineSoftmax {
   __device__ __forceinline__ bool Exponentiate(float (&s)[kLogitTiles][4], float scale,
                                                float (&rescale)[2]) {
     float top[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      top[h] = max[h];
-#pragma unroll
-      for (int n = 0; n < kLogitTiles; ++n) {
-        top[h] = fmaxf(top[h], fmaxf(s[n][2 * h], s[n][2 * h + 1]));
-      }
-      top[h] = QuadMax(top[h]);
-    }
+    FindTop(s, top);
     const bool rises = Raise(top, scale, kHeadroom, rescale);
-    const float shift[2] = {Shift(max[0], scale), Shift(max[1], scale)};
-#pragma unroll
-    for (int n = 0; n < kLogitTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        s[n][e] = ptx::Exp2(s[n][e] * scale - shift[e / 2]);
-        sum[e / 2] += s[n][e];
-      }
-    }
+    Weigh(s, scale);
     return rises;
   }
 
@@ -123,13 +109,42 @@ struct OnlineSoftmax {
   }
 
  private:
+  /*! \brief The highest of a row's logits and its maximum so far: of both rows side by side. */
+  template <int kLogitTiles>
+  __device__ __forceinline__ void FindTop(const float (&s)[kLogitTiles][4], float (&top)[2]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) top[h] = max[h];
+#pragma unroll
+    for (int n = 0; n < kLogitTiles; ++n) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) top[h] = fmaxf(top[h], fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+    }
+#pragma unroll
+    for (int delta = 1; delta <= 2; delta *= 2) {
+      float other[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) other[h] = __shfl_xor_sync(0xffffffffu, top[h], delta);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) top[h] = fmaxf(top[h], other[h]);
+    }
+  }
+  /*! \brief Weights of logits under the maxima. */
+  template <int kLogitTiles>
+  __device__ __forceinline__ void Weigh(float (&s)[kLogitTiles][4], float scale) {
+    const float shift[2] = {Shift(max[0], scale), Shift(max[1], scale)};
+#pragma unroll
+    for (int n = 0; n < kLogitTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        s[n][e] = ptx::Exp2(s[n][e] * scale - shift[e / 2]);
+        sum[e / 2] += s[n][e];
+      }
+    }
+  }
+
   // A row with nothing visible so far has maximum -inf; -inf - (-inf) would be NaN.
   __device__ __forceinline__ static float Shift(float max, float scale) {
     return (max == TVM_FLASHINFER_NEG_INF ? 0.0f : max) * scale;
-  }
-  __device__ __forceinline__ static float QuadMax(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
   }
 };
 

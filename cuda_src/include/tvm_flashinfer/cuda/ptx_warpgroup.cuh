@@ -89,7 +89,8 @@ __device__ __forceinline__ void LowerRegisters() {
 // c[64, n] (+)= a[64, 16] b[16, n], by a warpgroup; fragments as of MmaM16N8K16, 16 rows a warp.
 // Descriptors are of wgmma_operand.h. Asynchronous: until WgmmaWait, neither `c` nor `a` nor the
 // shared memory behind a descriptor may be touched. `WgmmaShared` takes a and b stored [m, k] and
-// [n, k]; `WgmmaRegisters` takes a as fragments and b stored [k, n].
+// [n, k]; `WgmmaRegisters` takes a as fragments and b stored [k, n]; `WgmmaMixed` a as fragments
+// and b stored [n, k]; `WgmmaSharedKN` a stored [m, k] and b stored [k, n].
 
 //! Operands of sums, some tiles of `c` from one on.
 #define TVM_FLASHINFER_TILE(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
@@ -99,16 +100,32 @@ __device__ __forceinline__ void LowerRegisters() {
 #define TVM_FLASHINFER_TILES_8(i) TVM_FLASHINFER_TILES_4(i), TVM_FLASHINFER_TILES_4(i + 4)
 
 template <typename T>
-__device__ __forceinline__ void WgmmaShared(float (&c)[4][4], uint64_t a, uint64_t b,
+__device__ __forceinline__ void WgmmaShared(float (&c)[6][4], uint64_t a, uint64_t b,
                                             int accumulate) {
-#define TVM_FLASHINFER_WGMMA(type)                                                                \
-  asm volatile(                                                                                   \
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %18, 0;\n\t"                                          \
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                 \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, " \
-      "1, 0, 0;\n\t}"                                                                             \
-      : TVM_FLASHINFER_TILES_4(0)                                                                 \
+#define TVM_FLASHINFER_WGMMA(type)                                                              \
+  asm volatile(                                                                                 \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %26, 0;\n\t"                                        \
+      "wgmma.mma_async.sync.aligned.m64n48k16.f32." type "." type                               \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+      "%19, %20, %21, %22, %23}, %24, %25, p, 1, 1, 0, 0;\n\t}"                                 \
+      : TVM_FLASHINFER_TILES_4(0), TVM_FLASHINFER_TILE(4), TVM_FLASHINFER_TILE(5)               \
       : "l"(a), "l"(b), "r"(accumulate))
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    TVM_FLASHINFER_WGMMA("bf16");
+  } else {
+    TVM_FLASHINFER_WGMMA("f16");
+  }
+#undef TVM_FLASHINFER_WGMMA
+}
+
+template <typename T>
+__device__ __forceinline__ void WgmmaMixed(float (&c)[6][4], const uint32_t (&a)[4], uint64_t b) {
+#define TVM_FLASHINFER_WGMMA(type)                                                             \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n48k16.f32." type "." type                     \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
+               "%17, %18, %19, %20, %21, %22, %23}, {%24, %25, %26, %27}, %28, 1, 1, 1, 0;"    \
+               : TVM_FLASHINFER_TILES_4(0), TVM_FLASHINFER_TILE(4), TVM_FLASHINFER_TILE(5)     \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
   if constexpr (std::is_same_v<T, BFloat16>) {
     TVM_FLASHINFER_WGMMA("bf16");
   } else {
@@ -188,6 +205,25 @@ __device__ __forceinline__ void WgmmaRegisters(float (&c)[16][4], const uint32_t
       "%55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"       \
       : TVM_FLASHINFER_TILES_8(0), TVM_FLASHINFER_TILES_8(8)                                       \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    TVM_FLASHINFER_WGMMA("bf16");
+  } else {
+    TVM_FLASHINFER_WGMMA("f16");
+  }
+#undef TVM_FLASHINFER_WGMMA
+}
+
+template <typename T>
+__device__ __forceinline__ void WgmmaSharedKN(float (&c)[16][4], uint64_t a, uint64_t b) {
+#define TVM_FLASHINFER_WGMMA(type)                                                                 \
+  asm volatile(                                                                                    \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                 \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "    \
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, " \
+      "%37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, " \
+      "%55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, 0, 1;"                     \
+      : TVM_FLASHINFER_TILES_8(0), TVM_FLASHINFER_TILES_8(8)                                       \
+      : "l"(a), "l"(b))
   if constexpr (std::is_same_v<T, BFloat16>) {
     TVM_FLASHINFER_WGMMA("bf16");
   } else {

@@ -9,6 +9,7 @@
 #include "kv_maps.cuh"
 #include "platform.cuh"
 #include "query_row.cuh"
+#include "stage_record.cuh"
 #include "wgmma_tile.cuh"
 
 namespace tvm_flashinfer {
@@ -56,6 +57,8 @@ struct WarpgroupConfig {
   static constexpr bool kBoxes = kBoxes_;
   static constexpr bool kSharedKV = false;
   using Maps = std::conditional_t<kBoxes, KVMaps, NoMaps>;
+  static constexpr int kParts = 1;  //!< of a K tile, its panels in turn, with a barrier each
+  static constexpr bool kStageRecords = false;
 
   static constexpr int kConsumerGroups = kRows / 64;
   static constexpr int kConsumerThreads = kConsumerGroups * kWarpgroupSize;
@@ -96,7 +99,8 @@ struct WarpgroupConfig {
   static constexpr int kRowsOffset = kInfoOffset + kItemSlots * 64;
   static constexpr int kRowsBytes = kRows * sizeof(QueryRow);
   static constexpr int kBarrierOffset = kRowsOffset + kItemSlots * kRowsBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + 8 * (4 * kStages + 3 * kItemSlots);
+  static constexpr int kSharedBytes =
+      kBarrierOffset + 8 * ((3 + kParts) * kStages + 3 * kItemSlots);
 };
 
 /*!
@@ -104,8 +108,9 @@ struct WarpgroupConfig {
  * fill fewer, and values that are the first columns of their keys.
  *
  * A row's output does not fit a warpgroup's registers: each sums one half of the values, and they
- * make logits and weights of steps in turn. Steps are short, so that two or three of the four
- * stages are on their way while others are multiplied: two stages of 64 tokens were 6 % slower.
+ * make logits and weights of steps in turn. Of three stages one or two are on their way while
+ * others are multiplied, and the longer a step, the less often the queries are read for its logits:
+ * so that three of 48 tokens fit, consumers keep the last dims of the queries in registers.
  */
 template <typename T_, int kHeadDimQK_, int kHeadDimVO_>
 struct LatentConfig {
@@ -118,30 +123,36 @@ struct LatentConfig {
   static constexpr bool kBoxes = true;
   static constexpr bool kSharedKV = true;
   using Maps = KVMaps;
+  static constexpr bool kStageRecords = true;
+  //! Of a K tile, its panels in turn: products begin when the first is there.
+  static constexpr int kParts = kHeadDimQK / 64 % 3 == 0 ? 3 : 2;
+  static_assert(kHeadDimQK / 64 % kParts == 0, "parts have as many panels");
 
   static constexpr int kConsumerThreads = 2 * kWarpgroupSize;
   static constexpr int kConsumerWarps = kConsumerThreads / kWarpSize;
   static constexpr int kProducerWarps = kWarpgroupSize / kWarpSize;
   static constexpr int kLeadWarp = 3;
   static constexpr int kQueryWarps = 2;
-  static constexpr int kTileArrivals = 1;
+  static constexpr int kTileArrivals = 2;  //!< two warps copy keys
   static constexpr int kThreads = kConsumerThreads + kWarpgroupSize;
-  static constexpr int kConsumerRegisters = 216;
-  static constexpr int kProducerRegisters = 72;
+  static constexpr int kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = 56;
 
   // Consumers as a grid of kWarpsQ x kSlices warps: those of the second slice have the same rows.
   static constexpr int kWarpsQ = 4;
   static constexpr int kSlices = 2;
 
-  static constexpr int kStepKV = 32;
+  static constexpr int kStepKV = 48;
   static constexpr int kSliceKV = kStepKV;
-  static constexpr int kStages = 4;
+  static constexpr int kStages = 3;
   static constexpr int kItemSlots = 2;
   static constexpr int kQuerySlots = 1;  //!< those of the next item wait for the end of this one's
+  static constexpr int kRegisterDims = 128;  //!< of the queries, the last ones: in registers
 
-  using QTile = WgmmaTile<kHeadDimQK, kRows>;
+  using QTile = WgmmaTile<kHeadDimQK - kRegisterDims, kRows>;
   using KTile = WgmmaTile<kHeadDimQK, kStepKV>;
   using VTile = KTile;
+  using WeightsTile = WgmmaFragments;
 
   // Shared memory: ring, queries, merge, weights and maxima of a step, records, rows, barriers.
   static constexpr int kVOffset = 0;
@@ -150,12 +161,15 @@ struct LatentConfig {
   static constexpr int kMergeBytes = kRows * 4;
   static constexpr int kWeightsOffset = kScratchOffset + kMergeBytes;
   static constexpr int kMaximaOffset = kWeightsOffset + kRows * kStepKV * 2;
-  static constexpr int kSumsOffset = kMaximaOffset + kWarpgroupSize * 8;
-  static constexpr int kInfoOffset = kSumsOffset + 2 * kWarpgroupSize * 8;
+  static constexpr int kSumsOffset = kMaximaOffset + kRows * 4;
+  static constexpr int kInfoOffset = kSumsOffset + 2 * kRows * 4;
   static constexpr int kRowsOffset = kInfoOffset + kItemSlots * 64;
   static constexpr int kRowsBytes = kRows * sizeof(QueryRow);
-  static constexpr int kBarrierOffset = kRowsOffset + kItemSlots * kRowsBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + 8 * (4 * kStages + 3 * kItemSlots);
+  static constexpr int kBarrierOffset = kRowsOffset + kQuerySlots * kRowsBytes;
+  static constexpr int kStagesOffset =
+      kBarrierOffset + 8 * ((3 + kParts) * kStages + 3 * kItemSlots);
+  static constexpr int kSharedBytes =
+      kStagesOffset + kStages * static_cast<int>(sizeof(StageRecord));
   static_assert(kSharedBytes <= 227 * 1024, "a block has at most 227 KiB of shared memory");
 };
 

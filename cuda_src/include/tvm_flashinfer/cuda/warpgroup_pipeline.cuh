@@ -9,6 +9,7 @@
 #include "platform.cuh"
 #include "ptx.cuh"
 #include "query_row.cuh"
+#include "stage_record.cuh"
 
 namespace tvm_flashinfer {
 namespace cuda {
@@ -34,33 +35,40 @@ struct WarpgroupPipeline {
     return reinterpret_cast<ItemInfo*>(smem + C::kInfoOffset + slot * 64);
   }
 
-  __device__ __forceinline__ QueryRow* Rows(int slot) const {
-    return reinterpret_cast<QueryRow*>(smem + C::kRowsOffset + slot * C::kRowsBytes);
+  __device__ __forceinline__ StageRecord* Stage(int slot) const {
+    return reinterpret_cast<StageRecord*>(smem + C::kStagesOffset) + slot;
   }
 
-  __device__ __forceinline__ uint32_t FullK(int slot) const { return Barrier(slot); }
-  __device__ __forceinline__ uint32_t FullV(int slot) const { return Barrier(C::kStages + slot); }
-  __device__ __forceinline__ uint32_t EmptyK(int slot) const {
+  __device__ __forceinline__ QueryRow* Rows(int slot) const {
+    return reinterpret_cast<QueryRow*>(smem + C::kRowsOffset +
+                                       slot % C::kQuerySlots * C::kRowsBytes);
+  }
+
+  __device__ __forceinline__ uint32_t FullK(int slot, int part = 0) const {
+    return Barrier(3 * C::kStages + slot * C::kParts + part);
+  }
+  __device__ __forceinline__ uint32_t FullV(int slot) const { return Barrier(slot); }
+  __device__ __forceinline__ uint32_t EmptyK(int slot) const { return Barrier(C::kStages + slot); }
+  __device__ __forceinline__ uint32_t EmptyV(int slot) const {
     return Barrier(2 * C::kStages + slot);
   }
-  __device__ __forceinline__ uint32_t EmptyV(int slot) const {
-    return Barrier(3 * C::kStages + slot);
-  }
   __device__ __forceinline__ uint32_t RecordFull(int slot) const {
-    return Barrier(4 * C::kStages + slot);
+    return Barrier(kRingBarriers + slot);
   }
   __device__ __forceinline__ uint32_t QueriesFull(int slot) const {
-    return Barrier(4 * C::kStages + C::kItemSlots + slot);
+    return Barrier(kRingBarriers + C::kItemSlots + slot);
   }
   /*! Record and queries of the slot are no longer needed. */
   __device__ __forceinline__ uint32_t ItemEmpty(int slot) const {
-    return Barrier(4 * C::kStages + 2 * C::kItemSlots + slot);
+    return Barrier(kRingBarriers + 2 * C::kItemSlots + slot);
   }
 
   /*! \brief By one thread, before the block's first barrier. */
   __device__ __forceinline__ void Init() const {
     for (int i = 0; i < C::kStages; ++i) {
-      ptx::MbarrierInit(FullK(i), C::kTileArrivals);
+      for (int part = 0; part < C::kParts; ++part) {
+        ptx::MbarrierInit(FullK(i, part), C::kTileArrivals);
+      }
       ptx::MbarrierInit(FullV(i), C::kTileArrivals);
       ptx::MbarrierInit(EmptyK(i), C::kConsumerWarps);
       ptx::MbarrierInit(EmptyV(i), C::kConsumerWarps);
@@ -74,6 +82,8 @@ struct WarpgroupPipeline {
   }
 
  private:
+  static constexpr int kRingBarriers = (3 + C::kParts) * C::kStages;
+
   __device__ __forceinline__ uint32_t Barrier(int index) const {
     return base + C::kBarrierOffset + index * 8;
   }

@@ -61,6 +61,27 @@ struct WgmmaTile {
   }
 };
 
+/*!
+ * \brief A tile of 64 rows of 16-bit elements without a swizzle: 8 x 8 elements are 128 bytes, row
+ * by row, just as the lanes of a warp hold them in fragments.
+ */
+struct WgmmaFragments {
+  static constexpr int kMatrixBytes = 128;
+  static constexpr int kColumnBytes = 8 * kMatrixBytes;
+
+  /*! \brief Byte offset of the matrix of rows from 8 i and columns from 8 j on. */
+  __device__ __forceinline__ static uint32_t Offset(int i, int j) {
+    return static_cast<uint32_t>(j * kColumnBytes + i * kMatrixBytes);
+  }
+  /*! \brief Columns [16 k, 16 k + 16), which are summed over, as the first operand. */
+  __device__ __forceinline__ static uint64_t Columns(uint32_t tile, int k) {
+    const uint32_t low =
+        ((tile & 0x3ffff) >> 4) +
+        static_cast<uint32_t>((2 * k * kColumnBytes >> 4) + (kColumnBytes >> 4 << 16));
+    return uint64_t{kMatrixBytes >> 4} << 32 | low;
+  }
+};
+
 }  // namespace cuda
 }  // namespace tvm_flashinfer
 
