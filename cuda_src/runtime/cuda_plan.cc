@@ -146,7 +146,7 @@ CudaPlan::CudaPlan(const CudaKernel& kernel, PlanBounds bounds, int32_t tile_row
   const int64_t partials = std::max<int64_t>(1, layout.max_partials);
   o_partial_ = Tensor::Empty({partials, num_qo_heads, kernel.head_dim_vo}, f32, device);
   lse_partial_ = Tensor::Empty({partials, num_qo_heads}, f32, device);
-  const int64_t tickets = kQueueTickets + int64_t{bounds_.max_q_tokens} * bounds_.num_kv_heads;
+  const int64_t tickets = int64_t{bounds_.max_q_tokens} * bounds_.num_kv_heads;
   const std::vector<int32_t> zeros(tickets, 0);
   tickets_ = Tensor::Empty({tickets}, {kDLInt, 32, 1}, device);
   tickets_.CopyFromBytes(zeros.data(), zeros.size() * sizeof(int32_t));

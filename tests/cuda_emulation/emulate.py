@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from harness.abi import (
-    QUEUE_TICKETS,
     AttentionParams,
     Batch,
     KVStrides,
@@ -114,7 +113,7 @@ def run(
     lse = np.full(case.q.shape[:2], np.nan, np.float32)
     o_partial = np.full((plan.max_partials, case.num_qo_heads, case.head_dim), np.nan, np.float32)
     lse_partial = np.full((plan.max_partials, case.num_qo_heads), np.nan, np.float32)
-    tickets = np.zeros(QUEUE_TICKETS + tokens * case.num_kv_heads, np.int32)
+    tickets = np.zeros(tokens * case.num_kv_heads, np.int32)
     variant = VariantParams(case.window_left, case.attention_sink, case.soft_cap)
     page, half, head, token = (case.pool.strides[i] // 2 for i in range(4))
     strides = KVStrides(page, head, token)

@@ -71,16 +71,6 @@ def test_split_tiles_merge_in_plan_order(modules, plans) -> None:
     check(modules["bf16"], plans, case, options)
 
 
-def test_shared_tail(modules, plans) -> None:
-    rng = np.random.default_rng(11)
-    batch, pages = paged([1] * 5, [1200, 33, 1, 1800, 900], 16, rng)
-    case = Case(batch, pages, 4, 2, 64)
-    options = PlanOptions(tile_rows=16, num_workers=6, min_chunk=16, shared_tail=30)
-    plan = run(modules["bf16"], plans, case, options)[2]
-    assert plan.worker_indptr[-1] < len(plan.items)
-    check(modules["bf16"], plans, case, options)
-
-
 def test_more_states_than_one_merge_step(modules, plans) -> None:
     rng = np.random.default_rng(2)
     batch, pages = paged([1], [700], 16, rng)

@@ -61,13 +61,9 @@ def test_split_tiles_are_merged(modules, plans) -> None:
     assert plan.num_partials > 0
 
 
-def test_shared_prefix_levels_and_shared_tail(modules, plans) -> None:
+def test_shared_prefix_levels(modules, plans) -> None:
     batch, pages = shared_prefix(200, [10, 2, 40], [5, 40, 0], 8, np.random.default_rng(4))
     check(modules["main"], plans, Case(batch, pages, 4, 2, 128), options(4, min_chunk=32))
-    batch, pages = paged([30, 30], [2500, 1300], 16, np.random.default_rng(5))
-    tail = options(3, min_chunk=16, shared_tail=30)
-    plan = check(modules["main"], plans, Case(batch, pages, 4, 1, 128), tail)
-    assert plan.worker_indptr[-1] < len(plan.items)
 
 
 @pytest.mark.parametrize("sink", [0, 4])

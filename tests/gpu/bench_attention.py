@@ -280,7 +280,6 @@ def sweep(bench: Bench, shape: Shape, options: PlanOptions) -> None:
     knobs = {
         "min_chunk": (32, 64, 128, 256),
         "item_overhead": (0, 32, 64, 128, 256),
-        "shared_tail": (0, 10, 20, 30, 50),
         "num_workers": tuple(bench.multiprocessors * n // 2 for n in (2, 3, 4, 6, 8)),
     }
     for name, values in knobs.items():

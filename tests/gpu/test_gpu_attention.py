@@ -72,11 +72,11 @@ def test_prefill(modules, plans, tile_rows) -> None:
     check(modules["main"], plans, DeviceCase(batch, pages, 12, 4, 128), tile_rows)
 
 
-def test_shared_tail(modules, plans) -> None:
+def test_decode_of_mixed_lengths(modules, plans) -> None:
     rng = np.random.default_rng(5)
     lens = rng.integers(1, 9000, 40).tolist()
     batch, pages = paged([1] * len(lens), lens, 16, rng)
-    check(modules["main"], plans, DeviceCase(batch, pages, 32, 8, 128), 16, shared_tail=25)
+    check(modules["main"], plans, DeviceCase(batch, pages, 32, 8, 128), 16)
 
 
 def test_append_with_many_states(modules, plans) -> None:

@@ -15,9 +15,6 @@ struct KVStrides {
   int64_t page, head, token;
 };
 
-/*! \brief Tickets of the shared tail: the next item, and the workers that are done. */
-constexpr int32_t kQueueTickets = 4;  // two are used; the rest aligns what follows
-
 /*!
  * \brief Operands of one attention run. Pointers are host or device pointers, as the backend's.
  *
@@ -44,8 +41,7 @@ struct AttentionParams {
   int32_t num_kv_heads;
   float sm_scale;
   PlanView plan;
-  /*! GPU backends, [kQueueTickets + query token * KV heads]: zeros, and zeros after every run. */
-  int32_t* tickets;
+  int32_t* tickets;  //!< on a GPU, [query token, KV head]: zeros, and zeros after every run
   float* softmax_partial;
 };
 

@@ -73,7 +73,7 @@ struct PlanBounds {
 /*! \brief Sections of the plan, in buffer order. */
 enum class PlanSection : int32_t {
   kHeader,
-  kWorkerIndptr,    //!< [num_workers + 1] queue bounds into kItems; items after them: shared tail
+  kWorkerIndptr,    //!< [num_workers + 1] queue bounds into kItems
   kQRequest,        //!< [max_q_tokens] request of a query token
   kQPosition,       //!< [max_q_tokens] position of a query token in its request
   kRequestQIndptr,  //!< [max_requests + 1] first query token of a request

@@ -61,7 +61,6 @@ class Scheduler {
   double imbalance() const { return imbalance_; }
 
  private:
-  static constexpr int32_t kTailChunksPerWorker = 32;
   struct Key {
     int64_t cost;
     int32_t section;
@@ -204,7 +203,6 @@ class Scheduler {
     total *= bounds_.num_kv_heads;
     const bool own_queues = !in.shared_queue && bounds_.num_workers >= bounds_.num_kv_heads;
     const int64_t in_order = own_queues ? FillInOrder(in) : INT64_MAX;
-    if (own_queues && has_tail_) return QueueInOrder(in);
     // Sections keep KV in the cache, which filling in order does not: more is put up with for them.
     const bool sections = num_tiles_ > 0 && tiles_[num_tiles_ - 1].section > 0;
     const double even = sections ? 1.05 : 1.02;
@@ -247,32 +245,28 @@ class Scheduler {
   /*!
    * Lay the tiles out one after another, for the workers of a head in order: dealt in equal chunks
    * where DealOf says so, else cut at even shares (CutInOrder). Workers are divided among the KV
-   * heads, because a tile is cut alike for every head. The end of every tile goes to the shared
-   * tail, if there is one.
-   * \return The highest worker cost, the tail left aside.
+   * heads, because a tile is cut alike for every head.
+   * \return The highest worker cost.
    */
   int64_t FillInOrder(const ScheduleInput& in) {
     const int32_t per_head = bounds_.num_workers / bounds_.num_kv_heads;
-    has_tail_ = MarkTails(in, per_head);
-    int64_t left = 0, total = 0;
+    int64_t total = 0;
     for (int64_t i = 0; i < num_tiles_; ++i) {
       Tile& t = tiles_[i];
       t.num_chunks = 0;
-      const int64_t whole = CostOf(in, t, t.kv_end - t.kv_begin);
-      total += whole;
-      left += whole - int64_t{t.num_tail} * t.chunk * t.weight;
+      total += CostOf(in, t, t.kv_end - t.kv_begin);
     }
     num_chunks_ = 0;
     worst_ = 0;
-    const Deal deal = has_tail_ ? Deal{} : DealOf(in, tiles_.data(), num_tiles_, total, per_head);
+    const Deal deal = DealOf(in, tiles_.data(), num_tiles_, total, per_head);
     if (deal.rounds > 0) {
       DealTiles(in, deal);
     } else {
-      CutInOrder(in, left, per_head);
+      CutInOrder(in, total, per_head);
     }
-    imbalance_ = total == 0 || has_tail_ ? 1.0
-                                         : static_cast<double>(worst_) * bounds_.num_workers /
-                                               static_cast<double>(total * bounds_.num_kv_heads);
+    imbalance_ = total == 0 ? 1.0
+                            : static_cast<double>(worst_) * bounds_.num_workers /
+                                  static_cast<double>(total * bounds_.num_kv_heads);
     return worst_;
   }
 
@@ -305,7 +299,7 @@ class Scheduler {
   /*!
    * Cut at even shares: every worker gets one stretch, so a batch of any lengths is cut at most
    * once per worker and balanced to a chunk's alignment.
-   * \param left Cost of a head's tiles, the tail left aside.
+   * \param left Cost of a head's tiles.
    */
   void CutInOrder(const ScheduleInput& in, int64_t left, int32_t per_head) {
     int32_t worker = 0;
@@ -325,13 +319,10 @@ class Scheduler {
     set_share(num_tiles_ > 0 ? tiles_[0].weight : 0);
     for (int64_t i = 0; i < num_tiles_; ++i) {
       const Tile& t = tiles_[i];
-      const int32_t own_end = t.num_tail == 0
-                                  ? t.kv_end
-                                  : (t.kv_end - t.num_tail * t.chunk) / in.kv_align * in.kv_align;
       int32_t begin = t.kv_begin;
       const bool last_level = t.level == in.num_levels - 1;
-      while (begin < own_end || (t.num_chunks == 0 && last_level)) {
-        int32_t count = own_end - begin;
+      while (begin < t.kv_end || (t.num_chunks == 0 && last_level)) {
+        int32_t count = t.kv_end - begin;
         const int64_t room = (share - used) / t.weight - in.item_overhead;
         if (room < count && worker + 1 < per_head) {
           // Cut here, unless either side would be shorter than a chunk is worth.
@@ -348,13 +339,8 @@ class Scheduler {
         begin += count;
         used += c;
         // A cut adds the overhead of an item; the rest of the tile still has its own.
-        left -= begin < own_end ? int64_t{count} * t.weight : c;
+        left -= begin < t.kv_end ? int64_t{count} * t.weight : c;
         if (used >= share && worker + 1 < per_head) next_worker(t.weight);
-      }
-      for (int32_t n = t.num_tail; n > 0; --n) {
-        const int32_t count = n == 1 ? t.kv_end - begin : t.chunk;
-        Give(in, i, begin, count, kSharedTail);
-        begin += count;
       }
     }
     worst_ = std::max(worst_, used);
@@ -363,50 +349,8 @@ class Scheduler {
   /*! Queue what FillInOrder cut, for the workers that it gave it to. */
   void QueueInOrder(const ScheduleInput& in) {
     CountPartials(in);
-    in_order_ = !has_tail_;
-    if (in_order_) return SortWithinQueues();
-    SortChunks(false);
-    const int32_t heads = bounds_.num_kv_heads;
-    for (int64_t i = 0; i < num_chunks_; ++i) {
-      const int32_t owner = chunks_[keys_[i].chunk].worker;
-      for (int32_t h = 0; h < heads; ++h) {
-        owner_[i * heads + h] =
-            owner == kSharedTail ? bounds_.num_workers : h * (bounds_.num_workers / heads) + owner;
-      }
-    }
-  }
-
-  /*!
-   * Decide how many chunks, and of what size, every tile leaves to the shared tail. Tiles shorter
-   * than their share of it pass it on to the next.
-   * \return Whether there is a tail.
-   */
-  bool MarkTails(const ScheduleInput& in, int32_t workers) {
-    for (int64_t i = 0; i < num_tiles_; ++i) tiles_[i].num_tail = 0;
-    if (in.shared_tail <= 0) return false;
-    int64_t tokens = 0;
-    for (int64_t i = 0; i < num_tiles_; ++i) tokens += tiles_[i].kv_end - tiles_[i].kv_begin;
-    // Small beside what a worker does in all, or they would not even anything out; and long enough
-    // for that to be worth their states.
-    if (tokens / workers / kTailChunksPerWorker < 2 * in.min_chunk) return false;
-    const int64_t room = int64_t{workers} * (bounds_.max_splits - 1);  // one cut is the queues' own
-    if (room <= 0) return false;
-    const int64_t chunk =
-        AlignUp(std::max({int64_t{in.min_chunk}, tokens / workers / kTailChunksPerWorker,
-                          (tokens * in.shared_tail / 100 + room - 1) / room}),
-                in.kv_align);
-    if (tokens * in.shared_tail / 100 < chunk * workers) return false;
-    int64_t owed = 0;
-    for (int64_t i = 0; i < num_tiles_; ++i) {
-      Tile& t = tiles_[i];
-      const int64_t len = t.kv_end - t.kv_begin;
-      owed += len * in.shared_tail / 100;
-      t.chunk = static_cast<int32_t>(chunk);
-      // At most half, so that rounding to kv_align leaves the tile a chunk of its own.
-      t.num_tail = static_cast<int32_t>(std::min(owed, len / 2) / chunk);
-      owed -= t.num_tail * chunk;
-    }
-    return true;
+    in_order_ = true;
+    SortWithinQueues();
   }
 
   /*!
@@ -535,15 +479,13 @@ class Scheduler {
     const int64_t num_items = num_chunks_ * heads;
     if (in.shared_queue) std::fill_n(owner_.begin(), num_items, 0);
     for (int64_t i = 0; i < num_items; ++i) {
-      if (owner_[i] < bounds_.num_workers) ++indptr[owner_[i] + 1];
+      ++indptr[owner_[i] + 1];
     }
     for (int32_t w = 0; w < bounds_.num_workers; ++w) indptr[w + 1] += indptr[w];
-    int32_t tail = indptr[bounds_.num_workers];
     for (int64_t i = 0; i < num_chunks_; ++i) {
       const Chunk& c = chunks_[keys_[i].chunk];
       for (int32_t h = 0; h < heads; ++h) {
-        const int32_t owner = owner_[i * heads + h];
-        items[owner < bounds_.num_workers ? indptr[owner]++ : tail++] = ItemOf(c, h);
+        items[indptr[owner_[i * heads + h]]++] = ItemOf(c, h);
       }
     }
     for (int32_t w = bounds_.num_workers; w > 0; --w) indptr[w] = indptr[w - 1];
@@ -568,8 +510,7 @@ class Scheduler {
   int64_t num_partials_ = 0;
   int64_t worst_ = 0;           //!< highest worker cost
   int32_t heads_together_ = 1;  //!< in tiles of few tokens
-  bool has_tail_ = false;
-  bool in_order_ = false;  //!< queues are FillInOrder's, without a tail
+  bool in_order_ = false;       //!< queues are FillInOrder's
   double imbalance_ = 1.0;
 };
 

@@ -56,12 +56,6 @@ struct ScheduleInput {
   int32_t item_overhead = 32;  //!< cost of starting an item, in KV tokens
   bool shared_queue = false;   //!< workers take items dynamically from one descending queue
   /*!
-   * Per cent of every tile's KV that is left, in small chunks, to a queue that all workers take
-   * from once their own is empty. Evens out workers of unequal speed, as multiprocessors that share
-   * memory bandwidth are. Only with queues of their own, and without fixed_chunk.
-   */
-  int32_t shared_tail = 0;
-  /*!
    * KV tokens, counted in every head, that workers with queues of their own read at a time: rows of
    * many tiles are queued section by section, and their KV stays in the cache meanwhile. 32768 of
    * 128 16-bit elements are 16 MiB. 0: all rows at once.

@@ -15,7 +15,6 @@ namespace tvm_flashinfer {
 struct Tile {
   int32_t row, level, q_begin, q_count, kv_begin, kv_end;
   int32_t num_chunks, chunk;  // chunk: tokens
-  int32_t num_tail;           // chunks left to the shared tail
   int32_t section;            // of rows that are worked on together
   int32_t heads;              // KV heads that a worker takes together
   int64_t weight;             // cost of one KV token of one head
@@ -26,9 +25,8 @@ struct Chunk {
   int32_t tile, kv_begin, kv_count;
   int32_t partial;  //!< first partial row, or -1
   int64_t cost;
-  int32_t worker = 0;  //!< of FillInOrder: within a head's workers, or kSharedTail
+  int32_t worker = 0;  //!< of FillInOrder: within a head's workers
 };
-constexpr int32_t kSharedTail = -1;  //!< as a chunk's worker: any, once its own queue is empty
 
 inline int64_t AlignUp(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 

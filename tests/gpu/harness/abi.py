@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 Int32Array = npt.NDArray[np.int32]
 int32_p = POINTER(c_int32)
-QUEUE_TICKETS = 4  # kQueueTickets
 
 
 class PlanBounds(ctypes.Structure):
@@ -71,7 +70,6 @@ class ScheduleInput(ctypes.Structure):
         ("compute_rows", c_int32),
         ("item_overhead", c_int32),
         ("shared_queue", c_bool),
-        ("shared_tail", c_int32),
         ("section_kv", c_int32),
     ]
 
@@ -157,7 +155,6 @@ class PlanOptions:
     compute_rows: int = 16
     item_overhead: int = 32
     max_splits: int = 8
-    shared_tail: int = 0
     section_kv: int = 32768
 
 
@@ -178,7 +175,7 @@ class Plan:
 
     @property
     def worker_indptr(self) -> Int32Array:
-        """Queue bounds into `items`; what follows the last is the shared tail."""
+        """Queue bounds into `items`."""
         return self.buffer[16 : 17 + self.bounds.num_workers]
 
 
@@ -271,7 +268,6 @@ class PlanLibrary:
             compute_rows=o.compute_rows,
             item_overhead=o.item_overhead,
             shared_queue=False,
-            shared_tail=o.shared_tail,
             section_kv=o.section_kv,
         )
         sizes = (c_int64 * 3)()

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from .abi import (
-    QUEUE_TICKETS,
     AttentionParams,
     Batch,
     KVStrides,
@@ -78,7 +77,7 @@ class DeviceCase:
             self.pool = torch.empty(shape, dtype=dtype, device="cuda").normal_(generator=generator)
         self.o = torch.full_like(self.q, float("nan"))
         self.lse = torch.full(self.q.shape[:2], float("nan"), device="cuda")
-        tickets = QUEUE_TICKETS + tokens * self.num_kv_heads
+        tickets = tokens * self.num_kv_heads
         self.tickets = torch.zeros(tickets, dtype=torch.int32, device="cuda")
         self.scale = self.head_dim**-0.5
 

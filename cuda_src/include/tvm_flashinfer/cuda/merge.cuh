@@ -139,7 +139,7 @@ __device__ __forceinline__ void MergeCompleted(const AttentionParams& p,
   const int states = p.plan.merge_indptr[token + 1] - p.plan.merge_indptr[token];
   Pipeline<C>::SyncConsumers();
   if (counts) {
-    int32_t* ticket = p.tickets + kQueueTickets + int64_t{token} * p.num_kv_heads + item.head;
+    int32_t* ticket = p.tickets + int64_t{token} * p.num_kv_heads + item.head;
     const bool last = ptx::AtomicAddOrdered(ticket, 1) == states - 1;
     if (last) *ticket = 0;
     complete[t] = last;

@@ -38,7 +38,7 @@ class Producer {
 
  private:
   __device__ __forceinline__ void Lead() {
-    WorkQueue queue(p_, lane_);
+    WorkQueue queue(p_.plan);
     RingCursor<C::kItemSlots> items;
     ItemInfo next;
     next.valid = ReadItem<Variant>(p_, &queue, lane_, &next);
@@ -55,7 +55,6 @@ class Producer {
     }
     PublishRecord(next, items);
     PublishQueries(next, &items);
-    queue.Finish();
   }
 
   template <typename F>

@@ -34,7 +34,7 @@ class WarpgroupProducer {
         lane_(lane) {}
 
   __device__ __forceinline__ void Run() {
-    WorkQueue queue(p_, lane_);
+    WorkQueue queue(p_.plan);
     ItemInfo next;
     if (warp_ == C::kLeadWarp) next.valid = ReadItem<Variant>(p_, &queue, lane_, &next);
     while (true) {
@@ -49,7 +49,6 @@ class WarpgroupProducer {
       if (lane_ == 0) ptx::MbarrierArrive(pipeline_.ItemEmpty(items_.slot));
       items_.Advance();
     }
-    if (warp_ == C::kLeadWarp) queue.Finish();
   }
 
  private:
