@@ -156,6 +156,8 @@ inline T FromFloat(float x) {
 }
 
 inline float Exp2(float x) { return std::exp2(x); }
+inline float Log2(float x) { return std::log2(x); }
+inline float Divide(float a, float b) { return a / b; }
 inline float Sin(float x) { return std::sin(x); }
 inline float Cos(float x) { return std::cos(x); }
 

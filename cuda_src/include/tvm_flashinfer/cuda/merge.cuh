@@ -40,7 +40,7 @@ __device__ __forceinline__ void MergeRow(const AttentionParams& p,
                                          const MergedStates& merged, int token, int head,
                                          int lane) {
   constexpr int kPanels = CeilDiv(C::kHeadDimVO, 4 * kWarpSize);
-  constexpr int kBatch = kPanels >= 4 ? 2 : 8;  // states whose outputs are loaded at a time
+  constexpr int kBatch = kPanels == 1 ? 16 : kPanels < 4 ? 8 : 2;  // states loaded at a time
   const int count = merged.count;
   const int column = lane * 4;
   float top = TVM_FLASHINFER_NEG_INF, sum = 0.0f;

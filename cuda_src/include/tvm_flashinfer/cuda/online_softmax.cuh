@@ -166,7 +166,7 @@ __device__ __forceinline__ float WarpSum(float x) {
 
 /*! \brief Natural-log LSE of a state; -inf where nothing was visible. */
 __device__ __forceinline__ float NaturalLse(float max_log2, float sum) {
-  return sum > 0.0f ? max_log2 * kLn2 + logf(sum) : TVM_FLASHINFER_NEG_INF;
+  return sum > 0.0f ? (max_log2 + ptx::Log2(sum)) * kLn2 : TVM_FLASHINFER_NEG_INF;
 }
 
 }  // namespace cuda

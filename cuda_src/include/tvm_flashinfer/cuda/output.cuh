@@ -95,7 +95,7 @@ __device__ __forceinline__ StateFinish FinishState(const AttentionParams& p,
       max = top;
     }
   }
-  return {sum > 0.0f ? scale / sum : 0.0f, NaturalLse(max, sum)};
+  return {sum > 0.0f ? ptx::Divide(scale, sum) : 0.0f, NaturalLse(max, sum)};
 }
 
 /*! \brief A row of floats: index -> element. */

@@ -1,7 +1,7 @@
 // Licensed under the Apache License, Version 2.0. See LICENSE in the repository root.
 //
-// The producer warps. One takes work items, publishes their records and queries, and loads K; the
-// others follow the records and load the rest. None waits for the end of an item.
+// The producer warps. One takes work items, publishes their records and loads K; the others follow
+// the records and load the rest. None waits for the end of an item.
 #ifndef TVM_FLASHINFER_CUDA_PRODUCER_CUH_
 #define TVM_FLASHINFER_CUDA_PRODUCER_CUH_
 
@@ -30,13 +30,21 @@ class Producer {
     if (producer == 0) {
       Lead();
     } else if (producer < C::kLoaders) {
-      Follow(producer, [&](const ItemInfo& info, int part) { LoadK(info, part); });
+      Follow(
+          [&](const ItemInfo& info, int) {
+            const KGather gather(p_, p_.k, p_.k_strides, info, lane_, producer);
+            LoadK(info, gather, gather.Resolve(0), [] {});
+          },
+          [](int) {});
     } else {
-      Follow(producer - C::kLoaders, [&](const ItemInfo& info, int part) { LoadV(info, part); });
+      LoadValues(producer - C::kLoaders);
     }
   }
 
  private:
+  using KGather = KVGather<C, typename C::KRing>;
+  using VGather = KVGather<C, typename C::VRing>;
+
   __device__ __forceinline__ void Lead() {
     WorkQueue queue(p_.plan);
     RingCursor<C::kItemSlots> items;
@@ -46,50 +54,61 @@ class Producer {
       const ItemInfo info = next;
       const KGather gather(p_, p_.k, p_.k_strides, info, lane_, 0);
       const auto rows = gather.Resolve(0);
-      PublishRecord(info, items);
-      PrefetchFirst(gather, rows);
-      PublishQueries(info, &items);
-      // The next item's record is fetched in the shadow of this one's copies.
-      next.valid = ReadItem<Variant>(p_, &queue, lane_, &next);
-      LoadKSteps(info, gather, rows);
+      Publish(info, &items);
+      LoadK(info, gather, rows, [&] { next.valid = ReadItem<Variant>(p_, &queue, lane_, &next); });
     }
-    PublishRecord(next, items);
-    PublishQueries(next, &items);
+    Publish(next, &items);
   }
 
-  template <typename F>
-  __device__ __forceinline__ void Follow(int part, F load) {
+  /*! \brief V, and by the first warp queries, which the lead would load keys later for. */
+  __device__ __forceinline__ void LoadValues(int part) {
+    const auto arrive = [&](int slot) {
+      if (part == 0) Arrive(pipeline_.ItemFull(slot));
+    };
+    Follow(
+        [&](const ItemInfo& info, int slot) {
+          const auto load_queries = [&] {
+            if (part == 0) QTile<C>(p_, info.item).Load(p_, lane_, pipeline_.Q(slot));
+            arrive(slot);
+          };
+          if constexpr (C::Form::kSharedKV) {
+            ptx::WaitForEarlierLaunches();
+            load_queries();
+          } else {
+            const VGather gather(p_, p_.v, p_.v_strides, info, lane_, part);
+            LoadSteps(
+                info, gather, gather.Resolve(0), [&](int slot) { return pipeline_.V(slot); },
+                [&](int slot) { return pipeline_.FullV(slot); }, load_queries, [] {});
+          }
+        },
+        arrive);
+  }
+
+  /*!
+   * \param load Called with an item and its slot, as the lead hands them out.
+   * \param end Called with the slot of the record that ends them.
+   */
+  template <typename F, typename G>
+  __device__ __forceinline__ void Follow(F load, G end) {
     RingCursor<C::kItemSlots> items;
     while (true) {
       ptx::MbarrierWait(pipeline_.RecordFull(items.slot), items.phase);
       const ItemInfo info = *pipeline_.Info(items.slot);
       __syncwarp();
       if (lane_ == 0) ptx::MbarrierArrive(pipeline_.ItemEmpty(items.slot));
+      if (info.valid == 0) return end(items.slot);
+      load(info, items.slot);
       items.Advance();
-      if (info.valid == 0) return;
-      load(info, part);
     }
   }
 
-  using KGather = KVGather<C, typename C::KRing>;
-  using VGather = KVGather<C, typename C::VRing>;
-
-  __device__ __forceinline__ void LoadK(const ItemInfo& info, int part) {
-    const KGather gather(p_, p_.k, p_.k_strides, info, lane_, part);
-    LoadKSteps(info, gather, gather.Resolve(0));
-  }
-  __device__ __forceinline__ void LoadKSteps(const ItemInfo& info, const KGather& gather,
-                                             const typename KGather::Rows& rows) {
+  /*! \param read_ahead See LoadSteps. */
+  template <typename F>
+  __device__ __forceinline__ void LoadK(const ItemInfo& info, const KGather& gather,
+                                        const typename KGather::Rows& rows, F read_ahead) {
     LoadSteps(
         info, gather, rows, [&](int slot) { return pipeline_.K(slot); },
-        [&](int slot) { return pipeline_.FullK(slot); });
-  }
-  __device__ __forceinline__ void LoadV(const ItemInfo& info, int part) {
-    if constexpr (C::Form::kSharedKV) return;
-    const VGather gather(p_, p_.v, p_.v_strides, info, lane_, part);
-    LoadSteps(
-        info, gather, gather.Resolve(0), [&](int slot) { return pipeline_.V(slot); },
-        [&](int slot) { return pipeline_.FullV(slot); });
+        [&](int slot) { return pipeline_.FullK(slot); }, [] {}, read_ahead);
   }
 
   /*! Copies arrive by themselves; plain stores of any lane are covered by lane 0's arrival. */
@@ -100,40 +119,33 @@ class Producer {
   }
 
   /*! \brief Hand out an item's record; one that is not valid ends consumers and producers. */
-  __device__ __forceinline__ void PublishRecord(const ItemInfo& info,
-                                                const RingCursor<C::kItemSlots>& items) const {
-    ptx::MbarrierWait(pipeline_.ItemEmpty(items.slot), items.phase ^ 1);
+  __device__ __forceinline__ void Publish(const ItemInfo& info,
+                                          RingCursor<C::kItemSlots>* items) const {
+    ptx::MbarrierWait(pipeline_.ItemEmpty(items->slot), items->phase ^ 1);
     if (lane_ == 0) {
-      *pipeline_.Info(items.slot) = info;
-      ptx::MbarrierArrive(pipeline_.RecordFull(items.slot));
+      *pipeline_.Info(items->slot) = info;
+      ptx::MbarrierArrive(pipeline_.RecordFull(items->slot));
     }
-  }
-  /*! \brief Hand its queries, for which the other producers need not wait, to the consumers. */
-  __device__ __forceinline__ void PublishQueries(const ItemInfo& info,
-                                                 RingCursor<C::kItemSlots>* items) const {
-    ptx::WaitForEarlierLaunches();
-    if (info.valid != 0) QTile<C>(p_, info.item).Load(p_, lane_, pipeline_.Q(items->slot));
-    Arrive(pipeline_.ItemFull(items->slot));
     items->Advance();
   }
 
   /*!
-   * \brief While earlier launches end, have the first step of the block brought to the L2 cache:
-   * copies to shared memory must wait, for those launches may write what is copied.
+   * \brief Load an operand of an item. While earlier launches end, the first step of the block is
+   * brought to the L2 cache: copies to shared memory must wait, for those launches may write what
+   * is copied.
+   * \param before Called before the first copy, when earlier launches have ended.
+   * \param read_ahead Called once as many copies are on their way as the ring holds: what it waits
+   * for costs nothing.
    */
-  template <typename Gather>
-  __device__ __forceinline__ void PrefetchFirst(const Gather& gather,
-                                                const typename Gather::Rows& rows) {
+  template <typename Gather, typename Tile, typename Full, typename Before, typename ReadAhead>
+  __device__ __forceinline__ void LoadSteps(const ItemInfo& info, const Gather& gather,
+                                            typename Gather::Rows rows, Tile tile, Full full,
+                                            Before before, ReadAhead read_ahead) {
+    const int steps = CeilDiv(info.item.kv_count, C::kStepKV);
     if (first_) gather.Prefetch(rows);
     first_ = false;
-  }
-
-  template <typename Gather, typename Tile, typename Full>
-  __device__ __forceinline__ void LoadSteps(const ItemInfo& info, const Gather& gather,
-                                            typename Gather::Rows rows, Tile tile, Full full) {
-    const int steps = CeilDiv(info.item.kv_count, C::kStepKV);
-    PrefetchFirst(gather, rows);
     ptx::WaitForEarlierLaunches();
+    before();
     for (int step = 0; step < steps; ++step) {
       const auto ahead = gather.Resolve(step + 1);
       if (ClassifyTokens<Variant>(variant_, info, step * C::kStepKV, C::kStepKV) !=
@@ -144,7 +156,9 @@ class Producer {
         stages_.Advance();
       }
       rows = ahead;
+      if (step + 1 == min(steps, C::kStages)) read_ahead();
     }
+    if (steps == 0) read_ahead();
   }
 
   const AttentionParams& p_;

@@ -240,6 +240,19 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
+/*! \brief log2(x) within 2^-22, or 2^-22 of it where that is more. */
+__device__ __forceinline__ float Log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+/*! \brief a / b within 2 ulp, for b of at most 2^126. */
+__device__ __forceinline__ float Divide(float a, float b) {
+  float y;
+  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 /*! \brief Sine and cosine of an angle in [-pi, pi], within 2^-20.9. */
 __device__ __forceinline__ float Sin(float x) {
   float y;

@@ -26,18 +26,30 @@ struct QTile {
   __device__ __forceinline__ int Token(int row) const { return row / group; }  //!< within the tile
   __device__ __forceinline__ int Head(int row) const { return kv_head * group + row % group; }
 
-  /*! \brief Copy the tile; by one warp. Rows past the tile are zeros. */
+  /*!
+   * \brief Copy the tile; by one warp, whose lanes each work out a row's place. Rows past the tile
+   * are zeros.
+   */
   __device__ __forceinline__ void Load(const AttentionParams& p, int lane, uint32_t tile) const {
+    constexpr int kRows = C::kRows < kWarpSize ? C::kRows : kWarpSize;  // at a time
+    constexpr int kCopies = kRows * Tile::kChunks;
 #pragma unroll 1
-    for (int copy = lane; copy < C::kRows * Tile::kChunks; copy += kWarpSize) {
-      const int row = copy / Tile::kChunks, chunk = copy % Tile::kChunks;
-      if (row < rows) {
-        const int64_t offset =
-            (q_begin + Token(row)) * p.q_token_stride + Head(row) * p.q_head_stride;
-        ptx::CpAsync16(tile + Tile::Offset(row, chunk),
-                       static_cast<const T*>(p.q) + offset + chunk * kElementsPerChunk);
-      } else {
-        ptx::StoreSharedZero16(tile + Tile::Offset(row, chunk));
+    for (int first = 0; first < C::kRows; first += kRows) {
+      const int own = first + lane;
+      const int64_t place =
+          own < rows ? (q_begin + Token(own)) * p.q_token_stride + Head(own) * p.q_head_stride : -1;
+#pragma unroll 4
+      for (int i = 0; i < CeilDiv(kCopies, kWarpSize); ++i) {
+        const int copy = i * kWarpSize + lane;
+        const int row = copy / Tile::kChunks, chunk = copy % Tile::kChunks;
+        const int64_t from = __shfl_sync(0xffffffffu, place, row % kWarpSize);
+        if (kCopies % kWarpSize != 0 && copy >= kCopies) continue;
+        const uint32_t to = tile + Tile::Offset(first + row, chunk);
+        if (from >= 0) {
+          ptx::CpAsync16(to, static_cast<const T*>(p.q) + from + chunk * kElementsPerChunk);
+        } else {
+          ptx::StoreSharedZero16(to);
+        }
       }
     }
   }
