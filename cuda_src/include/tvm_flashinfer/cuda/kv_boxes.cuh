@@ -58,12 +58,8 @@ class BoxLoader {
           LoadV(info.item, place, stage);
         }
       });
-    } else {
+    } else if constexpr (C::kQueryWarps > 0) {
       ptx::WaitForEarlierLaunches();
-      if constexpr (C::kQuerySlots == 1) {
-        const RingCursor<C::kItemSlots> last = items.Before();
-        ptx::MbarrierWait(pipeline_.ItemEmpty(last.slot), last.phase);
-      }
       CopyQueries<C, Variant>(p_, info.item, pipeline_, items.slot, warp_ - 2, lane_);
     }
   }

@@ -103,17 +103,9 @@ __device__ __forceinline__ void CopyQueries(const AttentionParams& p, const Work
 #pragma unroll 1
   for (int first = part * kRowsPerWarp; first < (part + 1) * kRowsPerWarp; first += kWarpSize) {
     const int row = first + LaneRow<typename C::QTile>(lane);
-    const bool exists = row < q.rows;
-    const int shown = min(row, q.rows - 1);
-    const int token = q.q_begin + q.Token(shown), head = q.Head(shown);
-    const int64_t offset = exists ? token * p.q_token_stride + head * p.q_head_stride : int64_t{-1};
-    CopyRows<typename C::QTile>(static_cast<const typename C::T*>(p.q), offset, first, lane,
-                                pipeline.Q(slot));
-    QueryRow known{exists ? token : -1, head, 0, 0};
-    if constexpr (Variant::kHasMask || Variant::kHasLogits) {
-      known.request = p.plan.q_request[token];
-      known.position = p.plan.q_position[token];
-    }
+    const QueryRow known = DescribeRow<Variant>(p, q, row);
+    CopyRows<typename C::QTile>(static_cast<const typename C::T*>(p.q), QueryPlace(p, known), first,
+                                lane, pipeline.Q(slot));
     pipeline.Rows(slot)[row] = known;
   }
   ptx::MbarrierArriveAfterCopies(pipeline.QueriesFull(slot));

@@ -11,6 +11,7 @@
 #include "merge.cuh"
 #include "online_softmax.cuh"
 #include "ptx.cuh"
+#include "q_tile.cuh"
 #include "query_row.cuh"
 #include "warpgroup_consumer_base.cuh"
 #include "warpgroup_output.cuh"
@@ -34,9 +35,10 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
       ptx::MbarrierWait(pipeline_.RecordFull(items.slot), items.phase);
       const ItemInfo info = *pipeline_.Info(items.slot);
       if (info.valid == 0) return;
-      ptx::MbarrierWait(pipeline_.QueriesFull(items.slot), items.phase);
-      const QueryRow rows[2] = {pipeline_.Rows(items.slot)[at_.Row(0)],
-                                pipeline_.Rows(items.slot)[at_.Row(1)]};
+      const QTile<C> q(p_, info.item);
+      CopyQueries(q);
+      const QueryRow rows[2] = {DescribeRow<Variant>(p_, q, at_.Row(0)),
+                                DescribeRow<Variant>(p_, q, at_.Row(1))};
       State state;
       Sum(info, rows, items.slot, &state);
       WriteRows<C, Variant>(p_, variant_, info.item, rows, at_.lane, state.o, state.max, state.sum,
@@ -71,13 +73,15 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
   /*! \brief An item's state. Steps are this warpgroup's and the other's in turn. */
   __device__ __forceinline__ void Sum(const ItemInfo& info, const QueryRow (&rows)[2], int slot,
                                       State* state) {
-    ptx::FenceAsyncProxy();  // queries come by cp.async
     BlockLayout<C> whole = at_;
     whole.slice = 0;  // either warpgroup has logits of whole steps
     const Mask mask(variant_, info, rows, whole);
     Queries queries;
-    queries.tile = pipeline_.Q(slot);
+    queries.tile = pipeline_.Q(0);
     LoadLast(rows, &queries);
+    ptx::WaitForCopies();
+    ptx::FenceAsyncProxy();
+    Pipeline<C>::SyncConsumers();  // the tile is there
     bool more = Steps(variant_, info).step() >= 0;
     if (more && group_ == 1) {
       more = Stage(summed_).followers > 0;
@@ -133,12 +137,31 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
     Send(own->weights, state->max);
   }
 
+  /*! \brief Start copying the tile of queries, each warp some of its rows. */
+  __device__ __forceinline__ void CopyQueries(const QTile<C>& q) const {
+    using Tile = typename C::QTile;
+    constexpr int kRows = C::kRows / C::kConsumerWarps, kCopies = kRows * Tile::kChunks;
+    static_assert(kCopies % kWarpSize == 0, "lanes copy as many chunks");
+    const int first = at_.thread / kWarpSize * kRows;
+    const int64_t place = QueryPlace(p_, DescribeRow<Variant>(p_, q, first + at_.lane % kRows));
+#pragma unroll 2
+    for (int i = 0; i < kCopies / kWarpSize; ++i) {
+      const int copy = i * kWarpSize + at_.lane;
+      const int row = copy / Tile::kChunks, chunk = copy % Tile::kChunks;
+      const int64_t from = __shfl_sync(0xffffffffu, place, row);
+      ptx::CpAsync16OrZero(
+          pipeline_.Q(0) + Tile::Offset(first + row, chunk),
+          static_cast<const T*>(p_.q) + (from < 0 ? 0 : from) + chunk * kElementsPerChunk,
+          from >= 0);
+    }
+  }
   __device__ __forceinline__ void LoadLast(const QueryRow (&rows)[2], Queries* queries) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const bool exists = rows[h].token >= 0;
+      const int64_t place = QueryPlace(p_, rows[h]);
+      const bool exists = place >= 0;
       const T* from = static_cast<const T*>(p_.q) + kSharedK * 16 + at_.lane % 4 * 2;
-      if (exists) from += rows[h].token * p_.q_token_stride + rows[h].head * p_.q_head_stride;
+      if (exists) from += place;
 #pragma unroll
       for (int i = 0; i < C::kRegisterDims / 8; ++i) {
         queries->last[i / 2][i % 2 * 2 + h] =

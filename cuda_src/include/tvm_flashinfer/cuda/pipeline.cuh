@@ -47,13 +47,6 @@ struct RingCursor {
       phase ^= 1;
     }
   }
-  /*! \brief The position that Advance came from; of the first, a phase that has passed. */
-  __device__ __forceinline__ RingCursor Before() const {
-    RingCursor before;
-    before.slot = slot == 0 ? kSlots - 1 : slot - 1;
-    before.phase = slot == 0 ? phase ^ 1 : phase;
-    return before;
-  }
 };
 
 /*! \brief Addresses of a block's shared memory (tile_config.cuh). */

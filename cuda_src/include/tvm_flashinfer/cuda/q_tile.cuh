@@ -7,6 +7,7 @@
 #include "../params.h"
 #include "block_layout.cuh"
 #include "ptx.cuh"
+#include "query_row.cuh"
 
 namespace tvm_flashinfer {
 namespace cuda {
@@ -61,6 +62,25 @@ struct QTile {
     ptx::LdMatrixX4(a, tile + Tile::Offset(row, k * 2 + at.lane / 16));
   }
 };
+
+/*! \brief What a packed row stands for, as far as the variant asks. */
+template <typename Variant, typename C>
+__device__ __forceinline__ QueryRow DescribeRow(const AttentionParams& p, const QTile<C>& q,
+                                                int row) {
+  const int shown = min(row, q.rows - 1);
+  const int token = q.q_begin + q.Token(shown);
+  QueryRow known{row < q.rows ? token : -1, q.Head(shown), 0, 0};
+  if constexpr (Variant::kHasMask || Variant::kHasLogits) {
+    known.request = p.plan.q_request[token];
+    known.position = p.plan.q_position[token];
+  }
+  return known;
+}
+
+/*! \brief Elements from the first query to such a row's, or -1. */
+__device__ __forceinline__ int64_t QueryPlace(const AttentionParams& p, const QueryRow& row) {
+  return row.token < 0 ? -1 : row.token * p.q_token_stride + row.head * p.q_head_stride;
+}
 
 }  // namespace cuda
 }  // namespace tvm_flashinfer

@@ -83,7 +83,6 @@ struct WarpgroupConfig {
   static constexpr int kSliceKV = kStepKV;
   static constexpr int kStages = 2;
   static constexpr int kItemSlots = 2;
-  static constexpr int kQuerySlots = kItemSlots;
 
   using QTile = WgmmaTile<kHeadDimQK, kRows>;
   using KTile = WgmmaTile<kHeadDimQK, kStepKV>;
@@ -132,7 +131,7 @@ struct LatentConfig {
   static constexpr int kConsumerWarps = kConsumerThreads / kWarpSize;
   static constexpr int kProducerWarps = kWarpgroupSize / kWarpSize;
   static constexpr int kLeadWarp = 3;
-  static constexpr int kQueryWarps = 2;
+  static constexpr int kQueryWarps = 0;    //!< there is room for one item's: consumers copy them
   static constexpr int kTileArrivals = 2;  //!< two warps copy keys
   static constexpr int kThreads = kConsumerThreads + kWarpgroupSize;
   static constexpr int kConsumerRegisters = 224;
@@ -146,7 +145,6 @@ struct LatentConfig {
   static constexpr int kSliceKV = kStepKV;
   static constexpr int kStages = 3;
   static constexpr int kItemSlots = 2;
-  static constexpr int kQuerySlots = 1;  //!< those of the next item wait for the end of this one's
   static constexpr int kRegisterDims = 128;  //!< of the queries, the last ones: in registers
 
   using QTile = WgmmaTile<kHeadDimQK - kRegisterDims, kRows>;
@@ -154,7 +152,7 @@ struct LatentConfig {
   using VTile = KTile;
   using WeightsTile = WgmmaFragments;
 
-  // Shared memory: ring, queries, merge, weights and maxima of a step, records, rows, barriers.
+  // Shared memory: ring, queries, merge, weights and maxima of a step, sums, records, barriers.
   static constexpr int kVOffset = 0;
   static constexpr int kQOffset = kStages * KTile::kBytes;
   static constexpr int kScratchOffset = kQOffset + QTile::kBytes;
@@ -163,9 +161,7 @@ struct LatentConfig {
   static constexpr int kMaximaOffset = kWeightsOffset + kRows * kStepKV * 2;
   static constexpr int kSumsOffset = kMaximaOffset + kRows * 4;
   static constexpr int kInfoOffset = kSumsOffset + 2 * kRows * 4;
-  static constexpr int kRowsOffset = kInfoOffset + kItemSlots * 64;
-  static constexpr int kRowsBytes = kRows * sizeof(QueryRow);
-  static constexpr int kBarrierOffset = kRowsOffset + kQuerySlots * kRowsBytes;
+  static constexpr int kBarrierOffset = kInfoOffset + kItemSlots * 64;
   static constexpr int kStagesOffset =
       kBarrierOffset + 8 * ((3 + kParts) * kStages + 3 * kItemSlots);
   static constexpr int kSharedBytes =

@@ -28,7 +28,7 @@ struct WarpgroupPipeline {
     return base + C::kVOffset + slot * C::VTile::kBytes;
   }
   __device__ __forceinline__ uint32_t Q(int slot) const {
-    return base + C::kQOffset + slot % C::kQuerySlots * C::QTile::kBytes;
+    return base + C::kQOffset + slot * C::QTile::kBytes;
   }
   __device__ __forceinline__ uint8_t* Scratch() const { return smem + C::kScratchOffset; }
   __device__ __forceinline__ ItemInfo* Info(int slot) const {
@@ -40,8 +40,7 @@ struct WarpgroupPipeline {
   }
 
   __device__ __forceinline__ QueryRow* Rows(int slot) const {
-    return reinterpret_cast<QueryRow*>(smem + C::kRowsOffset +
-                                       slot % C::kQuerySlots * C::kRowsBytes);
+    return reinterpret_cast<QueryRow*>(smem + C::kRowsOffset + slot * C::kRowsBytes);
   }
 
   __device__ __forceinline__ uint32_t FullK(int slot, int part = 0) const {
@@ -75,8 +74,10 @@ struct WarpgroupPipeline {
     }
     for (int i = 0; i < C::kItemSlots; ++i) {
       ptx::MbarrierInit(RecordFull(i), 1);
-      // Every lane's copies, and lane 0 for what the lanes stored themselves.
-      ptx::MbarrierInit(QueriesFull(i), C::kQueryWarps * (kWarpSize + 1));
+      if constexpr (C::kQueryWarps > 0) {
+        // Every lane's copies, and lane 0 for what the lanes stored themselves.
+        ptx::MbarrierInit(QueriesFull(i), C::kQueryWarps * (kWarpSize + 1));
+      }
       ptx::MbarrierInit(ItemEmpty(i), C::kConsumerWarps + C::kProducerWarps);
     }
   }
