@@ -17,7 +17,7 @@ namespace cuda {
 
 /*!
  * \brief One of four producer warps: the first copies K, the second V, or half of K where values
- * start their keys, the others queries.
+ * start their keys, the others queries, unless consumers do.
  *
  * Boxes never cross a page, since pages and chunks begin at multiples of eight tokens
  * (ScheduleInput::kv_align).
