@@ -40,7 +40,8 @@ __device__ __forceinline__ void MergeRow(const AttentionParams& p,
                                          const MergedStates& merged, int token, int head,
                                          int lane) {
   constexpr int kPanels = CeilDiv(C::kHeadDimVO, 4 * kWarpSize);
-  constexpr int kBatch = kPanels == 1 ? 16 : kPanels < 4 ? 8 : 2;  // states loaded at a time
+  // States loaded at a time: as many as registers allow beside a kernel's own.
+  constexpr int kBatch = kPanels >= 4 ? 2 : kPanels == 1 && C::kHeadDimVO > 64 ? 16 : 8;
   const int count = merged.count;
   const int column = lane * 4;
   float top = TVM_FLASHINFER_NEG_INF, sum = 0.0f;
