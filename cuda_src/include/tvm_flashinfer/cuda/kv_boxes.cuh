@@ -27,7 +27,6 @@ class BoxLoader {
  public:
   using T = typename C::T;
   static constexpr int kBoxes = C::kStepKV / kBoxTokens;
-  static constexpr int kKWarps = C::kSharedKV ? 2 : 1;  //!< that copy every other box of K
   static_assert(kBoxes <= kWarpSize, "every lane knows the place of one box at most");
   static_assert(C::KTile::kGroupBytes == C::kHeadDimQK * kBoxTokens * 2 &&
                     (C::kSharedKV || C::VTile::kGroupBytes == C::kHeadDimVO * kBoxTokens * 2),
@@ -115,8 +114,8 @@ class BoxLoader {
       if (count < C::kStepKV && warp_ == 0)
         CopyEnd<Tile>(p_.k, p_.k_strides, item, place, count, tile);
     }
-    CopyBoxes<Tile, C::kParts, kKWarps>(maps_.k, MapHead(p_.k_strides, item.head), place, boxes,
-                                        tile, full);
+    CopyBoxes<Tile, C::kParts, C::kTileArrivals>(maps_.k, MapHead(p_.k_strides, item.head), place,
+                                                 boxes, tile, full);
   }
 
   __device__ __forceinline__ void LoadV(const WorkItem& item, const TokenPlace& place,

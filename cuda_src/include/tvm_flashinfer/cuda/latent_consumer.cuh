@@ -155,6 +155,7 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
           from >= 0);
     }
   }
+  /*! \brief What the tile does not hold. */
   __device__ __forceinline__ void LoadLast(const QueryRow (&rows)[2], Queries* queries) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -157,7 +157,7 @@ struct AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant, FormOf<T, T,
   }
   static cudaError_t Launch(const AttentionParams& p, int num_workers, cudaStream_t stream) {
     const auto& variant = VariantParamsOf<Variant>(p);
-    KVMaps maps{};
+    KVMaps maps;
     if (MakeKVMaps<C<true>>(p, &maps)) {
       return Kernel<true>::Launch(num_workers, stream, p, variant, maps);
     }
@@ -166,7 +166,7 @@ struct AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant, FormOf<T, T,
 #else
   static void Emulate(const AttentionParams& p, int num_workers, bool reversed) {
     const auto& variant = VariantParamsOf<Variant>(p);
-    KVMaps maps{};
+    KVMaps maps;
     if (MakeKVMaps<C<true>>(p, &maps)) {
       Kernel<true>::Emulate(num_workers, reversed, p, variant, maps);
     } else {
@@ -195,7 +195,7 @@ struct AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant, FormOf<T, T,
   }
   static cudaError_t Launch(const AttentionParams& p, int num_workers, cudaStream_t stream) {
     const auto& variant = VariantParamsOf<Variant>(p);
-    KVMaps maps{};
+    KVMaps maps{};  // of values there is none
     if (MakeKVMaps<C>(p, &maps)) {
       return Kernel::Launch(num_workers, stream, p, variant, maps);
     }
@@ -204,7 +204,7 @@ struct AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant, FormOf<T, T,
 #else
   static void Emulate(const AttentionParams& p, int num_workers, bool reversed) {
     const auto& variant = VariantParamsOf<Variant>(p);
-    KVMaps maps{};
+    KVMaps maps{};  // of values there is none
     if (MakeKVMaps<C>(p, &maps)) {
       Kernel::Emulate(num_workers, reversed, p, variant, maps);
     } else {

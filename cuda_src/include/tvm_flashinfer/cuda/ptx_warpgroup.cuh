@@ -87,7 +87,7 @@ __device__ __forceinline__ void LowerRegisters() {
 }
 
 // c[64, n] (+)= a[64, 16] b[16, n], by a warpgroup; fragments as of MmaM16N8K16, 16 rows a warp.
-// Descriptors are of wgmma_operand.h. Asynchronous: until WgmmaWait, neither `c` nor `a` nor the
+// Descriptors are of wgmma_tile.cuh. Asynchronous: until WgmmaWait, neither `c` nor `a` nor the
 // shared memory behind a descriptor may be touched. `WgmmaShared` takes a and b stored [m, k] and
 // [n, k]; `WgmmaRegisters` takes a as fragments and b stored [k, n]; `WgmmaMixed` a as fragments
 // and b stored [n, k]; `WgmmaSharedKN` a stored [m, k] and b stored [k, n].
@@ -98,6 +98,13 @@ __device__ __forceinline__ void LowerRegisters() {
   TVM_FLASHINFER_TILE(i), TVM_FLASHINFER_TILE(i + 1), TVM_FLASHINFER_TILE(i + 2), \
       TVM_FLASHINFER_TILE(i + 3)
 #define TVM_FLASHINFER_TILES_8(i) TVM_FLASHINFER_TILES_4(i), TVM_FLASHINFER_TILES_4(i + 4)
+//! The product that `wgmma` spells for an element type, with operands of T.
+#define TVM_FLASHINFER_FOR_TYPE(wgmma)         \
+  if constexpr (std::is_same_v<T, BFloat16>) { \
+    wgmma("bf16");                             \
+  } else {                                     \
+    wgmma("f16");                              \
+  }
 
 template <typename T>
 __device__ __forceinline__ void WgmmaShared(float (&c)[6][4], uint64_t a, uint64_t b,
@@ -110,11 +117,7 @@ __device__ __forceinline__ void WgmmaShared(float (&c)[6][4], uint64_t a, uint64
       "%19, %20, %21, %22, %23}, %24, %25, p, 1, 1, 0, 0;\n\t}"                                 \
       : TVM_FLASHINFER_TILES_4(0), TVM_FLASHINFER_TILE(4), TVM_FLASHINFER_TILE(5)               \
       : "l"(a), "l"(b), "r"(accumulate))
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    TVM_FLASHINFER_WGMMA("bf16");
-  } else {
-    TVM_FLASHINFER_WGMMA("f16");
-  }
+  TVM_FLASHINFER_FOR_TYPE(TVM_FLASHINFER_WGMMA)
 #undef TVM_FLASHINFER_WGMMA
 }
 
@@ -126,11 +129,7 @@ __device__ __forceinline__ void WgmmaMixed(float (&c)[6][4], const uint32_t (&a)
                "%17, %18, %19, %20, %21, %22, %23}, {%24, %25, %26, %27}, %28, 1, 1, 1, 0;"    \
                : TVM_FLASHINFER_TILES_4(0), TVM_FLASHINFER_TILE(4), TVM_FLASHINFER_TILE(5)     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    TVM_FLASHINFER_WGMMA("bf16");
-  } else {
-    TVM_FLASHINFER_WGMMA("f16");
-  }
+  TVM_FLASHINFER_FOR_TYPE(TVM_FLASHINFER_WGMMA)
 #undef TVM_FLASHINFER_WGMMA
 }
 
@@ -146,11 +145,7 @@ __device__ __forceinline__ void WgmmaShared(float (&c)[8][4], uint64_t a, uint64
       "0;\n\t}"                                                                                  \
       : TVM_FLASHINFER_TILES_8(0)                                                                \
       : "l"(a), "l"(b), "r"(accumulate))
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    TVM_FLASHINFER_WGMMA("bf16");
-  } else {
-    TVM_FLASHINFER_WGMMA("f16");
-  }
+  TVM_FLASHINFER_FOR_TYPE(TVM_FLASHINFER_WGMMA)
 #undef TVM_FLASHINFER_WGMMA
 }
 
@@ -164,11 +159,7 @@ __device__ __forceinline__ void WgmmaRegisters(float (&c)[8][4], const uint32_t 
                "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                        \
                : TVM_FLASHINFER_TILES_8(0)                                                     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    TVM_FLASHINFER_WGMMA("bf16");
-  } else {
-    TVM_FLASHINFER_WGMMA("f16");
-  }
+  TVM_FLASHINFER_FOR_TYPE(TVM_FLASHINFER_WGMMA)
 #undef TVM_FLASHINFER_WGMMA
 }
 
@@ -185,11 +176,7 @@ __device__ __forceinline__ void WgmmaShared(float (&c)[16][4], uint64_t a, uint6
       "%55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, 0, 0;\n\t}"                \
       : TVM_FLASHINFER_TILES_8(0), TVM_FLASHINFER_TILES_8(8)                                       \
       : "l"(a), "l"(b), "r"(accumulate))
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    TVM_FLASHINFER_WGMMA("bf16");
-  } else {
-    TVM_FLASHINFER_WGMMA("f16");
-  }
+  TVM_FLASHINFER_FOR_TYPE(TVM_FLASHINFER_WGMMA)
 #undef TVM_FLASHINFER_WGMMA
 }
 
@@ -205,11 +192,7 @@ __device__ __forceinline__ void WgmmaRegisters(float (&c)[16][4], const uint32_t
       "%55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"       \
       : TVM_FLASHINFER_TILES_8(0), TVM_FLASHINFER_TILES_8(8)                                       \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    TVM_FLASHINFER_WGMMA("bf16");
-  } else {
-    TVM_FLASHINFER_WGMMA("f16");
-  }
+  TVM_FLASHINFER_FOR_TYPE(TVM_FLASHINFER_WGMMA)
 #undef TVM_FLASHINFER_WGMMA
 }
 
@@ -224,14 +207,11 @@ __device__ __forceinline__ void WgmmaSharedKN(float (&c)[16][4], uint64_t a, uin
       "%55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, 0, 1;"                     \
       : TVM_FLASHINFER_TILES_8(0), TVM_FLASHINFER_TILES_8(8)                                       \
       : "l"(a), "l"(b))
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    TVM_FLASHINFER_WGMMA("bf16");
-  } else {
-    TVM_FLASHINFER_WGMMA("f16");
-  }
+  TVM_FLASHINFER_FOR_TYPE(TVM_FLASHINFER_WGMMA)
 #undef TVM_FLASHINFER_WGMMA
 }
 
+#undef TVM_FLASHINFER_FOR_TYPE
 #undef TVM_FLASHINFER_TILES_8
 #undef TVM_FLASHINFER_TILES_4
 #undef TVM_FLASHINFER_TILE

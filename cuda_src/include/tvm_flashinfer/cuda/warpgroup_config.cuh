@@ -132,7 +132,7 @@ struct LatentConfig {
   static constexpr int kProducerWarps = kWarpgroupSize / kWarpSize;
   static constexpr int kLeadWarp = 3;
   static constexpr int kQueryWarps = 0;    //!< there is room for one item's: consumers copy them
-  static constexpr int kTileArrivals = 2;  //!< two warps copy keys
+  static constexpr int kTileArrivals = 2;  //!< of warps that take boxes in turn
   static constexpr int kThreads = kConsumerThreads + kWarpgroupSize;
   static constexpr int kConsumerRegisters = 224;
   static constexpr int kProducerRegisters = 56;

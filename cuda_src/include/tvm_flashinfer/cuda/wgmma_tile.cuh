@@ -11,8 +11,8 @@ namespace tvm_flashinfer {
 namespace cuda {
 
 /*!
- * \brief Matrix descriptor of an operand under a 128-byte swizzle (PTX ISA, "Asynchronous warpgroup
- * level matrix instructions"), `offset` bytes into a tile.
+ * \brief Matrix descriptor of an operand (PTX ISA, "Asynchronous warpgroup level matrix
+ * instructions"), `offset` bytes into a tile.
  *
  * Addresses of shared memory have 18 bits, so no sum carries into another field, and operands of
  * one tile differ by one addition: made from scratch, a descriptor takes as long as a small
@@ -20,12 +20,14 @@ namespace cuda {
  * \param panel_bytes From one panel of 64 elements to the next, where those run along the operand's
  * outer (m or n) dimension; unused where they run along k.
  * \param group_bytes From eight rows of a panel to the next eight.
+ * \tparam kSwizzled Under a 128-byte swizzle; else panels have 8 elements, which k runs along too.
  */
+template <bool kSwizzled = true>
 __device__ __forceinline__ uint64_t WgmmaDescriptor(uint32_t tile, int offset, int panel_bytes,
                                                     int group_bytes) {
   const uint32_t low =
       ((tile & 0x3ffff) >> 4) + static_cast<uint32_t>((offset >> 4) + (panel_bytes >> 4 << 16));
-  const uint32_t high = static_cast<uint32_t>(group_bytes >> 4) | 1u << 30;
+  const uint32_t high = static_cast<uint32_t>(group_bytes >> 4) | (kSwizzled ? 1u << 30 : 0u);
   return uint64_t{high} << 32 | low;
 }
 
@@ -75,10 +77,7 @@ struct WgmmaFragments {
   }
   /*! \brief Columns [16 k, 16 k + 16), which are summed over, as the first operand. */
   __device__ __forceinline__ static uint64_t Columns(uint32_t tile, int k) {
-    const uint32_t low =
-        ((tile & 0x3ffff) >> 4) +
-        static_cast<uint32_t>((2 * k * kColumnBytes >> 4) + (kColumnBytes >> 4 << 16));
-    return uint64_t{kMatrixBytes >> 4} << 32 | low;
+    return WgmmaDescriptor<false>(tile, 2 * k * kColumnBytes, kColumnBytes, kMatrixBytes);
   }
 };
 
