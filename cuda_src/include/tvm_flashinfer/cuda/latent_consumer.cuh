@@ -36,7 +36,8 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
       const ItemInfo info = *pipeline_.Info(items.slot);
       if (info.valid == 0) return;
       const QTile<C> q(p_, info.item);
-      CopyQueries(q);
+      constexpr int kRows = C::kRows / C::kConsumerWarps;
+      q.template LoadRows<kRows>(p_, at_.thread / kWarpSize * kRows, at_.lane, pipeline_.Q(0));
       const QueryRow rows[2] = {DescribeRow<Variant>(p_, q, at_.Row(0)),
                                 DescribeRow<Variant>(p_, q, at_.Row(1))};
       State state;
@@ -137,24 +138,6 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
     Send(own->weights, state->max);
   }
 
-  /*! \brief Start copying the tile of queries, each warp some of its rows. */
-  __device__ __forceinline__ void CopyQueries(const QTile<C>& q) const {
-    using Tile = typename C::QTile;
-    constexpr int kRows = C::kRows / C::kConsumerWarps, kCopies = kRows * Tile::kChunks;
-    static_assert(kCopies % kWarpSize == 0, "lanes copy as many chunks");
-    const int first = at_.thread / kWarpSize * kRows;
-    const int64_t place = QueryPlace(p_, DescribeRow<Variant>(p_, q, first + at_.lane % kRows));
-#pragma unroll 2
-    for (int i = 0; i < kCopies / kWarpSize; ++i) {
-      const int copy = i * kWarpSize + at_.lane;
-      const int row = copy / Tile::kChunks, chunk = copy % Tile::kChunks;
-      const int64_t from = __shfl_sync(0xffffffffu, place, row);
-      ptx::CpAsync16OrZero(
-          pipeline_.Q(0) + Tile::Offset(first + row, chunk),
-          static_cast<const T*>(p_.q) + (from < 0 ? 0 : from) + chunk * kElementsPerChunk,
-          from >= 0);
-    }
-  }
   /*! \brief What the tile does not hold. */
   __device__ __forceinline__ void LoadLast(const QueryRow (&rows)[2], Queries* queries) const {
 #pragma unroll

@@ -12,6 +12,11 @@
 namespace tvm_flashinfer {
 namespace cuda {
 
+/*! \brief Elements from the first query to a row's, or -1. */
+__device__ __forceinline__ int64_t QueryPlace(const AttentionParams& p, const QueryRow& row) {
+  return row.token < 0 ? -1 : row.token * p.q_token_stride + row.head * p.q_head_stride;
+}
+
 /*! \brief Rows of a tile and what they stand for. */
 template <typename C>
 struct QTile {
@@ -27,30 +32,41 @@ struct QTile {
   __device__ __forceinline__ int Token(int row) const { return row / group; }  //!< within the tile
   __device__ __forceinline__ int Head(int row) const { return kv_head * group + row % group; }
 
-  /*!
-   * \brief Copy the tile; by one warp, whose lanes each work out a row's place. Rows past the tile
-   * are zeros.
-   */
+  /*! \brief Token and head of a packed row. */
+  __device__ __forceinline__ QueryRow Row(int row) const {
+    const int shown = min(row, rows - 1);
+    return {row < rows ? q_begin + Token(shown) : -1, Head(shown), 0, 0};
+  }
+
+  /*! \brief Copy the tile; by one warp. */
   __device__ __forceinline__ void Load(const AttentionParams& p, int lane, uint32_t tile) const {
-    constexpr int kRows = C::kRows < kWarpSize ? C::kRows : kWarpSize;  // at a time
-    constexpr int kCopies = kRows * Tile::kChunks;
+    constexpr int kAtOnce = C::kRows < kWarpSize ? C::kRows : kWarpSize;
 #pragma unroll 1
-    for (int first = 0; first < C::kRows; first += kRows) {
-      const int own = first + lane;
-      const int64_t place =
-          own < rows ? (q_begin + Token(own)) * p.q_token_stride + Head(own) * p.q_head_stride : -1;
+    for (int first = 0; first < C::kRows; first += kAtOnce) {
+      LoadRows<kAtOnce>(p, first, lane, tile);
+    }
+  }
+
+  /*!
+   * \brief Copy kCount rows from `first` on; by one warp, whose lanes each work out a row's place.
+   * Rows past the tile are zeros.
+   */
+  template <int kCount>
+  __device__ __forceinline__ void LoadRows(const AttentionParams& p, int first, int lane,
+                                           uint32_t tile) const {
+    constexpr int kCopies = kCount * Tile::kChunks;
+    const int64_t place = QueryPlace(p, Row(first + lane));
 #pragma unroll 4
-      for (int i = 0; i < CeilDiv(kCopies, kWarpSize); ++i) {
-        const int copy = i * kWarpSize + lane;
-        const int row = copy / Tile::kChunks, chunk = copy % Tile::kChunks;
-        const int64_t from = __shfl_sync(0xffffffffu, place, row % kWarpSize);
-        if (kCopies % kWarpSize != 0 && copy >= kCopies) continue;
-        const uint32_t to = tile + Tile::Offset(first + row, chunk);
-        if (from >= 0) {
-          ptx::CpAsync16(to, static_cast<const T*>(p.q) + from + chunk * kElementsPerChunk);
-        } else {
-          ptx::StoreSharedZero16(to);
-        }
+    for (int i = 0; i < CeilDiv(kCopies, kWarpSize); ++i) {
+      const int copy = i * kWarpSize + lane;
+      const int row = copy / Tile::kChunks, chunk = copy % Tile::kChunks;
+      const int64_t from = __shfl_sync(0xffffffffu, place, row % kWarpSize);
+      if (kCopies % kWarpSize != 0 && copy >= kCopies) continue;
+      const uint32_t to = tile + Tile::Offset(first + row, chunk);
+      if (from >= 0) {
+        ptx::CpAsync16(to, static_cast<const T*>(p.q) + from + chunk * kElementsPerChunk);
+      } else {
+        ptx::StoreSharedZero16(to);
       }
     }
   }
@@ -67,19 +83,13 @@ struct QTile {
 template <typename Variant, typename C>
 __device__ __forceinline__ QueryRow DescribeRow(const AttentionParams& p, const QTile<C>& q,
                                                 int row) {
-  const int shown = min(row, q.rows - 1);
-  const int token = q.q_begin + q.Token(shown);
-  QueryRow known{row < q.rows ? token : -1, q.Head(shown), 0, 0};
+  QueryRow known = q.Row(row);
   if constexpr (Variant::kHasMask || Variant::kHasLogits) {
+    const int token = q.q_begin + q.Token(min(row, q.rows - 1));
     known.request = p.plan.q_request[token];
     known.position = p.plan.q_position[token];
   }
   return known;
-}
-
-/*! \brief Elements from the first query to such a row's, or -1. */
-__device__ __forceinline__ int64_t QueryPlace(const AttentionParams& p, const QueryRow& row) {
-  return row.token < 0 ? -1 : row.token * p.q_token_stride + row.head * p.q_head_stride;
 }
 
 }  // namespace cuda
