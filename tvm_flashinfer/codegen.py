@@ -7,6 +7,7 @@ elements on a CPU, one element in a CUDA thread, and a range of positions when a
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from ._tvm import bit_operation, choice
@@ -190,7 +191,10 @@ class _Printer:
         if extern is not None:
             return self._load(extern, e.args[1:])
         if name in INTRINSICS and dtype == "float32":
-            return f"{self._lanes}::{INTRINSICS[name]}({self.print(e.args[0])})"
+            function = INTRINSICS[name]
+            if function in ("Sin", "Cos") and _within_turn(e.args[0]):
+                function += "WithinTurn"
+            return f"{self._lanes}::{function}({self.print(e.args[0])})"
         raise self._refuse(name)
 
     def _element(self, index: Expr) -> str:
@@ -224,6 +228,22 @@ def _log2(e: Expr) -> int | None:
     if not isinstance(value, int) or value <= 0 or value & (value - 1):
         return None
     return value.bit_length() - 1
+
+
+def _within_turn(e: Expr) -> bool:
+    """Whether ``e`` is an int32 times a constant that brings any of them into [-pi, pi].
+
+    So are angles that were counted in whole fractions of a turn (variants.rope_turns): they need
+    not be reduced to one.
+    """
+    if type(e).__name__ != "Mul" or type(e.a).__name__ != "Cast":
+        return False
+    factor = getattr(e.b, "value", None)
+    return (
+        isinstance(factor, float)
+        and dtype_of(e.a.value) == "int32"
+        and abs(factor) * 2.0**31 <= math.pi * (1 + 1e-6)
+    )
 
 
 _STRUCT = """struct Variant : tvm_flashinfer::VariantDefaults {{

@@ -250,7 +250,7 @@ def rope(
     """
     half = rotary_dim // 2
 
-    def rotate(position: Expr, d: Expr, x: Any, p: Any) -> Expr:
+    def rotate(position: Expr, d: Expr, x: Any, p: Any, magnitude: Expr | None) -> Expr:
         from tvm import tirx
 
         if interleaved:
@@ -262,18 +262,25 @@ def rope(
         turned = position.astype("uint32") * p.turn[pair].astype("uint32")
         angle = turned.astype("int32").astype("float32") * _RADIANS
         sine = tirx.sin(angle)
-        sine = tirx.Select(first, tirx.const(0.0, "float32") - sine, sine)
-        rotated = (x[d] * tirx.cos(angle) + partner * sine) * p.magnitude
+        sine = tirx.Select(first, -1.0 * sine, sine)
+        rotated = x[d] * tirx.cos(angle) + partner * sine
+        if magnitude is not None:
+            rotated = rotated * magnitude
         return tirx.Select(d < rotary_dim, rotated, x[d])
 
+    def query(at: Any, x: Any, p: Any) -> Expr:
+        # Keys that are read over and over leave their magnitude to the query.
+        both = p.magnitude if on_store else p.magnitude * p.magnitude
+        return rotate(at.q_idx, at.dim, x, p, both)
+
     def key(at: Any, x: Any, p: Any) -> Expr:
-        return rotate(at.kv_idx, at.dim, x, p)
+        return rotate(at.kv_idx, at.dim, x, p, p.magnitude if on_store else None)
 
     style = ("gptj" if interleaved else "llama") + ("_stored" if on_store else "")
     return base.extended(
         f"{base.name}_rope{rotary_dim}_{style}",
         params={"turn": Tensor("int32", ndim=1), "magnitude": Scalar()},
-        query=lambda at, x, p: rotate(at.q_idx, at.dim, x, p),
+        query=query,
         **{"store_key" if on_store else "key": key},
     )
 

@@ -5,6 +5,7 @@ The oracle transforms whole float64 tensors in NumPy, then attends (tests/oracle
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +16,10 @@ import oracle
 import pytest
 import torch
 from batches import TOLERANCE, PagedBatch
+from tvm import tirx
 from variant_definitions import EVERYTHING
 
-from tvm_flashinfer import variants
+from tvm_flashinfer import codegen, variants
 from tvm_flashinfer.attention import BatchAttention
 from tvm_flashinfer.rope import RopeConfig
 from tvm_flashinfer.variant import Tensor, Variant, VariantError
@@ -251,6 +253,17 @@ def test_rope_at_distant_positions() -> None:
     want_o, want_lse = expected(batch, query=rotate, key=rotate)
     oracle.assert_close(o.numpy(), want_o, 3e-4)
     oracle.assert_close(lse.numpy(), want_lse, 3e-4, "lse")
+
+
+@pytest.mark.parametrize(("units", "within"), [(2**32, True), (2**31, False), (-(2**32), True)])
+def test_only_angles_within_a_turn_are_left_as_they_are(units: int, within: bool) -> None:
+    def turned(at: Any, x: Any, p: Any) -> Any:
+        return x[at.dim] * tirx.sin(at.kv_idx.astype("float32") * (2 * math.pi / units))
+
+    text = codegen.generate(variants.causal.extended("turned", params={}, key=turned))
+    assert ("::SinWithinTurn(" in text) == within
+    assert ("::Sin(" in text) != within
+    assert "::Sin(" not in codegen.generate(variants.rope(64))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

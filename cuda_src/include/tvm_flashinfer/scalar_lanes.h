@@ -106,6 +106,9 @@ struct ScalarLanes {
   TVM_FLASHINFER_LANES_FN Float Abs(Float x) { return fabsf(x); }
   TVM_FLASHINFER_LANES_FN Float Sin(Float x) { return sinf(x); }
   TVM_FLASHINFER_LANES_FN Float Cos(Float x) { return cosf(x); }
+  /*! Of angles in [-pi, pi]. */
+  TVM_FLASHINFER_LANES_FN Float SinWithinTurn(Float x) { return sinf(x); }
+  TVM_FLASHINFER_LANES_FN Float CosWithinTurn(Float x) { return cosf(x); }
 #undef TVM_FLASHINFER_LANES_FN
 };
 

@@ -175,6 +175,9 @@ struct SimdLanes {
   static Float Abs(Float x) { return cpu::Max(x, -x); }
   static Float Sin(Float x) { return SinQuarters(x, 0); }
   static Float Cos(Float x) { return SinQuarters(x, 1); }
+  /*! Of angles in [-pi, pi]. */
+  static Float SinWithinTurn(Float x) { return Sin(x); }
+  static Float CosWithinTurn(Float x) { return Cos(x); }
   static Float Sqrt(Float x) {
     return Map(x, [](float e) { return std::sqrt(e); });
   }

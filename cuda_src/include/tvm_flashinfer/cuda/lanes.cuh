@@ -26,6 +26,8 @@ struct ThreadLanes : ScalarLanes {
   /*! Within 1e-6 of the angle's own rounding: reduced to one turn, then by the special unit. */
   __device__ __forceinline__ static float Sin(float x) { return ptx::Sin(WithinTurn(x)); }
   __device__ __forceinline__ static float Cos(float x) { return ptx::Cos(WithinTurn(x)); }
+  __device__ __forceinline__ static float SinWithinTurn(float x) { return ptx::Sin(x); }
+  __device__ __forceinline__ static float CosWithinTurn(float x) { return ptx::Cos(x); }
 
  private:
   /*! x less whole turns, in [-pi, pi]. */
