@@ -165,8 +165,6 @@ inline void WaitForEarlierLaunches() {}
 inline void AllowNextLaunch() {}
 inline void PrefetchL2(const void*) {}
 
-inline int HighestBit(uint32_t x) { return 31 - __builtin_clz(x); }
-
 inline void NamedBarrier(int id, int threads) { Block::Current().Barrier(id, threads); }
 
 inline void NamedBarrierArrive(int id, int threads) { Block::Current().BarrierArrive(id, threads); }

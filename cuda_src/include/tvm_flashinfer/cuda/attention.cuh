@@ -12,11 +12,11 @@
 #ifndef TVM_FLASHINFER_CUDA_ATTENTION_CUH_
 #define TVM_FLASHINFER_CUDA_ATTENTION_CUH_
 
-#include "../params.h"
 #include "../variant.h"
 #include "block_layout.cuh"
 #include "convert.cuh"
 #include "key_fragments.cuh"
+#include "launch_params.cuh"
 #include "mask.cuh"
 #include "merge.cuh"
 #include "narrow_operands.cuh"
@@ -115,7 +115,7 @@ template <typename C, typename Variant>
 __device__ __forceinline__ void MultiplyTransformedQK(float (&s)[C::kSliceKV / 8][4],
                                                       const QFragments<C>& q,
                                                       const BlockLayout<C>& at, uint32_t k_tile,
-                                                      const AttentionParams& p,
+                                                      const LaunchParams& p,
                                                       const typename Variant::Params& variant,
                                                       const ItemInfo& info, int step) {
   using Transform = KeyTransform<C, Variant>;
@@ -171,7 +171,7 @@ __device__ __forceinline__ void MultiplyPV(float (&o)[C::kHeadDimVO / 8][4],
 
 /*! \brief A consumer warp: every item of the block, as the producers publish them. */
 template <typename C, typename Variant>
-__device__ __forceinline__ void Consume(const AttentionParams& p,
+__device__ __forceinline__ void Consume(const LaunchParams& p,
                                         const typename Variant::Params& variant,
                                         const Pipeline<C>& pipeline) {
   const BlockLayout<C> at;
@@ -250,7 +250,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& p,
  */
 template <typename C, typename Variant>
 __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
-    AttentionKernel(const __grid_constant__ AttentionParams p,
+    AttentionKernel(const __grid_constant__ LaunchParams p,
                     const __grid_constant__ typename Variant::Params variant) {
   TVM_FLASHINFER_DYNAMIC_SHARED(smem);
   const Pipeline<C> pipeline(smem);

@@ -7,10 +7,10 @@
 #ifndef TVM_FLASHINFER_CUDA_CONVERT_CUH_
 #define TVM_FLASHINFER_CUDA_CONVERT_CUH_
 
-#include "../params.h"
 #include "../variant.h"
 #include "block_layout.cuh"
 #include "lanes.cuh"
+#include "launch_params.cuh"
 #include "pipeline.cuh"
 #include "ptx.cuh"
 
@@ -43,10 +43,10 @@ struct RawRow {
 };
 
 /*! \brief Place of a chunk's token in the pool: page * page_size + offset. */
-__device__ __forceinline__ int32_t PoolRow(const AttentionParams& p, const WorkItem& item,
-                                           int token) {
+__device__ __forceinline__ int32_t PoolRow(const LaunchParams& p, const WorkItem& item, int token) {
   const int at = item.kv_begin + token;
-  return p.plan.Pages(item.level, item.row)[at / p.page_size] * p.page_size + at % p.page_size;
+  const int page = p.page.Divide(at);
+  return p.plan.Pages(item.level, item.row)[page] * p.page_size + at - page * p.page_size;
 }
 
 /*! \brief Threads that convert a range of a stage's rows together, for their own use. */
@@ -93,7 +93,7 @@ class OperandTiles {
   using Form = typename C::Form;
   using VariantParams = typename Variant::Params;
 
-  __device__ __forceinline__ OperandTiles(const AttentionParams& p, const VariantParams& variant,
+  __device__ __forceinline__ OperandTiles(const LaunchParams& p, const VariantParams& variant,
                                           const Pipeline<C>& pipeline, const BlockLayout<C>& at)
       : p_(p), variant_(variant), pipeline_(pipeline), converters_(at) {}
 
@@ -165,7 +165,7 @@ class OperandTiles {
     }
   }
 
-  const AttentionParams& p_;
+  const LaunchParams& p_;
   const VariantParams& variant_;
   const Pipeline<C>& pipeline_;
   Converters<C> converters_;

@@ -4,7 +4,7 @@
 #ifndef TVM_FLASHINFER_CUDA_ITEM_READER_CUH_
 #define TVM_FLASHINFER_CUDA_ITEM_READER_CUH_
 
-#include "../params.h"
+#include "launch_params.cuh"
 #include "pipeline.cuh"
 #include "platform.cuh"
 #include "work_queue.cuh"
@@ -17,7 +17,7 @@ namespace cuda {
  * \return false: no item is left.
  */
 template <typename Variant>
-__device__ __forceinline__ bool ReadItem(const AttentionParams& p, WorkQueue* queue, int lane,
+__device__ __forceinline__ bool ReadItem(const LaunchParams& p, WorkQueue* queue, int lane,
                                          ItemInfo* info) {
   if (!queue->Pop(&info->item)) return false;
   const WorkItem& item = info->item;

@@ -7,11 +7,11 @@
 #ifndef TVM_FLASHINFER_CUDA_KEY_FRAGMENTS_CUH_
 #define TVM_FLASHINFER_CUDA_KEY_FRAGMENTS_CUH_
 
-#include "../params.h"
 #include "../variant.h"
 #include "block_layout.cuh"
 #include "convert.cuh"
 #include "lanes.cuh"
+#include "launch_params.cuh"
 #include "pipeline.cuh"
 #include "ptx.cuh"
 
@@ -39,10 +39,10 @@ class KeyTransform {
   static constexpr int kAway = Variant::kKeyPartner / 16;
 
   /*! \param token The first one, in the item's chunk. */
-  __device__ __forceinline__ KeyTransform(const AttentionParams& p,
+  __device__ __forceinline__ KeyTransform(const LaunchParams& p,
                                           const typename Variant::Params& variant,
                                           const ItemInfo& info, const BlockLayout<C>& at, int token)
-      : variant_(variant), head_(info.item.head), first_dim_(at.lane % 4 * 2) {
+      : variant_(variant), head_(info.item.head), first_dim_((at.lane & 3) * 2) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Parameters cover no positions past the end; what is made of those tokens is masked.

@@ -5,9 +5,9 @@
 #ifndef TVM_FLASHINFER_CUDA_KV_BOXES_CUH_
 #define TVM_FLASHINFER_CUDA_KV_BOXES_CUH_
 
-#include "../params.h"
 #include "kv_maps.cuh"
 #include "kv_rows.cuh"
+#include "launch_params.cuh"
 #include "page_lookup.cuh"
 #include "ptx.cuh"
 #include "warpgroup_pipeline.cuh"
@@ -32,16 +32,10 @@ class BoxLoader {
                     (C::kSharedKV || C::VTile::kGroupBytes == C::kHeadDimVO * kBoxTokens * 2),
                 "a box is one stretch of a tile");
 
-  __device__ __forceinline__ BoxLoader(const AttentionParams& p,
+  __device__ __forceinline__ BoxLoader(const LaunchParams& p,
                                        const typename Variant::Params& variant, const KVMaps& maps,
                                        const WarpgroupPipeline<C>& pipeline, int warp, int lane)
-      : p_(p),
-        variant_(variant),
-        maps_(maps),
-        pipeline_(pipeline),
-        lookup_(p.page_size),
-        warp_(warp),
-        lane_(lane) {}
+      : p_(p), variant_(variant), maps_(maps), pipeline_(pipeline), warp_(warp), lane_(lane) {}
 
   __device__ __forceinline__ void Load(const ItemInfo& info,
                                        const RingCursor<C::kItemSlots>& items) {
@@ -71,7 +65,7 @@ class BoxLoader {
     const int32_t* pages = p_.plan.kv_indices + info.pages;
     const auto find = [&](int step) {
       const bool exists = step >= 0 && lane_ < kBoxes;
-      return lookup_.Find(pages, item, exists ? step * C::kStepKV + lane_ * kBoxTokens : -1);
+      return FindToken(p_, pages, item, exists ? step * C::kStepKV + lane_ * kBoxTokens : -1);
     };
     StepsDown<C, Variant> steps(variant_, info);
     StageRecord stage{steps.step(), steps.tile(), 0};
@@ -199,11 +193,10 @@ class BoxLoader {
     }
   }
 
-  const AttentionParams& p_;
+  const LaunchParams& p_;
   const typename Variant::Params& variant_;
   const KVMaps& maps_;
   const WarpgroupPipeline<C>& pipeline_;
-  PageLookup lookup_;
   int warp_, lane_;
   RingCursor<C::kStages> stages_;
 };

@@ -4,7 +4,7 @@
 #ifndef TVM_FLASHINFER_CUDA_KV_GATHER_CUH_
 #define TVM_FLASHINFER_CUDA_KV_GATHER_CUH_
 
-#include "../params.h"
+#include "launch_params.cuh"
 #include "pipeline.cuh"
 #include "platform.cuh"
 #include "ptx.cuh"
@@ -35,15 +35,14 @@ class KVGather {
     uint32_t entry[kRowsPerLane];
   };
 
-  __device__ __forceinline__ KVGather(const AttentionParams& p, const void* pool,
+  __device__ __forceinline__ KVGather(const LaunchParams& p, const void* pool,
                                       const KVStrides& strides, const ItemInfo& info, int lane,
                                       int part)
       : pages_(p.plan.kv_indices + info.pages),
         pool_(static_cast<const Pool*>(pool) + info.item.head * strides.head),
         page_stride_(strides.page),
         token_stride_(strides.token),
-        page_size_(static_cast<uint32_t>(p.page_size)),
-        page_shift_((page_size_ & (page_size_ - 1)) == 0 ? ptx::HighestBit(page_size_) : -1),
+        page_size_(p.page),
         kv_begin_(info.item.kv_begin),
         kv_count_(info.item.kv_count),
         lane_(lane),
@@ -58,9 +57,9 @@ class KVGather {
       rows.page[j] = -1;
       rows.entry[j] = 0;
       if (token < kv_count_) {
-        const auto at = static_cast<uint32_t>(kv_begin_ + token);
-        const uint32_t page = page_shift_ >= 0 ? at >> page_shift_ : at / page_size_;
-        rows.entry[j] = at - page * page_size_;
+        const int at = kv_begin_ + token;
+        const int page = page_size_.Divide(at);
+        rows.entry[j] = static_cast<uint32_t>(at - page * page_size_.value());
         rows.page[j] = pages_[page];
       }
     }
@@ -81,23 +80,39 @@ class KVGather {
     }
   }
 
-  /*! \brief Issue the copies of a step. */
-  __device__ __forceinline__ void Load(const Rows& rows, uint32_t tile) const {
+  /*! \brief Where in the pool the rows of a step lie, in elements; -1: no such token. */
+  struct Places {
+    int64_t row[kRowsPerLane];
+    int64_t first[kRowsPerLane];    //!< of the sixteen rows that this one belongs to
+    unsigned follow[kRowsPerLane];  //!< by lane, whether the row follows those before in memory
+  };
+  __device__ __forceinline__ Places Locate(const Rows& rows) const {
+    Places places;
 #pragma unroll
     for (int j = 0; j < kRowsPerLane; ++j) {
-      // Sixteen rows that follow each other in memory, in one page as a rule, need one address.
       const int64_t offset =
           rows.page[j] < 0 ? -1 : rows.page[j] * page_stride_ + rows.entry[j] * token_stride_;
       const int64_t first = __shfl_sync(0xffffffffu, offset, lane_ & 16);
       const bool follows = first >= 0 && offset == first + (lane_ & 15) * token_stride_;
-      const unsigned mask = __ballot_sync(0xffffffffu, follows);
+      places.row[j] = offset;
+      places.first[j] = first;
+      places.follow[j] = __ballot_sync(0xffffffffu, follows);
+    }
+    return places;
+  }
+
+  /*! \brief Issue the copies of a step. */
+  __device__ __forceinline__ void Load(const Places& places, uint32_t tile) const {
+#pragma unroll
+    for (int j = 0; j < kRowsPerLane; ++j) {
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
         const int row = first_row_ + j * kWarpSize + half * kGroup;
-        if ((mask >> (half * kGroup) & 0xffffu) == 0xffffu) {
-          LoadRun(__shfl_sync(0xffffffffu, first, half * kGroup), row, tile);
+        // Sixteen rows that follow each other in memory, in one page as a rule, need one address.
+        if ((places.follow[j] >> (half * kGroup) & 0xffffu) == 0xffffu) {
+          LoadRun(__shfl_sync(0xffffffffu, places.first[j], half * kGroup), row, tile);
         } else {
-          LoadScattered(offset, half * kGroup, row, tile);
+          LoadScattered(places.row[j], half * kGroup, row, tile);
         }
       }
     }
@@ -144,8 +159,7 @@ class KVGather {
   const int32_t* pages_;
   const Pool* pool_;
   int64_t page_stride_, token_stride_;
-  uint32_t page_size_;
-  int page_shift_;  //!< log2 of the page size, or -1
+  const Divisor& page_size_;
   int kv_begin_, kv_count_;
   int lane_, first_row_;
 };

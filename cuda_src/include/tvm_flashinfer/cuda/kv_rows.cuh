@@ -4,8 +4,8 @@
 #ifndef TVM_FLASHINFER_CUDA_KV_ROWS_CUH_
 #define TVM_FLASHINFER_CUDA_KV_ROWS_CUH_
 
-#include "../params.h"
 #include "kv_maps.cuh"
+#include "launch_params.cuh"
 #include "page_lookup.cuh"
 #include "ptx.cuh"
 #include "q_tile.cuh"
@@ -95,7 +95,7 @@ __device__ __forceinline__ void CopyRows(const T* from, int64_t offset, int firs
 
 /*! \brief One of kQueryWarps warps, the `part`-th: its part of an item's query tile. */
 template <typename C, typename Variant>
-__device__ __forceinline__ void CopyQueries(const AttentionParams& p, const WorkItem& item,
+__device__ __forceinline__ void CopyQueries(const LaunchParams& p, const WorkItem& item,
                                             const WarpgroupPipeline<C>& pipeline, int slot,
                                             int part, int lane) {
   constexpr int kRowsPerWarp = C::kRows / C::kQueryWarps;
@@ -124,15 +124,10 @@ class RowLoader {
  public:
   using T = typename C::T;
 
-  __device__ __forceinline__ RowLoader(const AttentionParams& p,
+  __device__ __forceinline__ RowLoader(const LaunchParams& p,
                                        const typename Variant::Params& variant, const NoMaps&,
                                        const WarpgroupPipeline<C>& pipeline, int warp, int lane)
-      : p_(p),
-        variant_(variant),
-        pipeline_(pipeline),
-        lookup_(p.page_size),
-        warp_(warp),
-        lane_(lane) {}
+      : p_(p), variant_(variant), pipeline_(pipeline), warp_(warp), lane_(lane) {}
 
   __device__ __forceinline__ void Load(const ItemInfo& info,
                                        const RingCursor<C::kItemSlots>& items) {
@@ -163,8 +158,8 @@ class RowLoader {
 
   /*! \return The place of this lane's row of a step, or none. */
   __device__ __forceinline__ TokenPlace Find(const ItemInfo& info, int step) const {
-    return lookup_.Find(
-        p_.plan.kv_indices + info.pages, info.item,
+    return FindToken(
+        p_, p_.plan.kv_indices + info.pages, info.item,
         step < 0 ? -1 : step * C::kStepKV + warp_ * kWarpSize + LaneRow<typename C::KTile>(lane_));
   }
 
@@ -190,10 +185,9 @@ class RowLoader {
     ring->Advance();
   }
 
-  const AttentionParams& p_;
+  const LaunchParams& p_;
   const typename Variant::Params& variant_;
   const WarpgroupPipeline<C>& pipeline_;
-  PageLookup lookup_;
   int warp_, lane_;
   RingCursor<C::kStages> k_, v_;
 };

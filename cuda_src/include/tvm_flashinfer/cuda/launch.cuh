@@ -132,11 +132,11 @@ struct AttentionInstance {
     return Kernel::BlocksPerMultiprocessor(blocks);
   }
   static cudaError_t Launch(const AttentionParams& p, int num_workers, cudaStream_t stream) {
-    return Kernel::Launch(num_workers, stream, p, VariantParamsOf<Variant>(p));
+    return Kernel::Launch(num_workers, stream, LaunchParams(p), VariantParamsOf<Variant>(p));
   }
 #else
   static void Emulate(const AttentionParams& p, int num_workers, bool reversed) {
-    Kernel::Emulate(num_workers, reversed, p, VariantParamsOf<Variant>(p));
+    Kernel::Emulate(num_workers, reversed, LaunchParams(p), VariantParamsOf<Variant>(p));
   }
 #endif
 };
@@ -159,18 +159,18 @@ struct AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant, FormOf<T, T,
     const auto& variant = VariantParamsOf<Variant>(p);
     KVMaps maps;
     if (MakeKVMaps<C<true>>(p, &maps)) {
-      return Kernel<true>::Launch(num_workers, stream, p, variant, maps);
+      return Kernel<true>::Launch(num_workers, stream, LaunchParams(p), variant, maps);
     }
-    return Kernel<false>::Launch(num_workers, stream, p, variant, NoMaps{});
+    return Kernel<false>::Launch(num_workers, stream, LaunchParams(p), variant, NoMaps{});
   }
 #else
   static void Emulate(const AttentionParams& p, int num_workers, bool reversed) {
     const auto& variant = VariantParamsOf<Variant>(p);
     KVMaps maps;
     if (MakeKVMaps<C<true>>(p, &maps)) {
-      Kernel<true>::Emulate(num_workers, reversed, p, variant, maps);
+      Kernel<true>::Emulate(num_workers, reversed, LaunchParams(p), variant, maps);
     } else {
-      Kernel<false>::Emulate(num_workers, reversed, p, variant, NoMaps{});
+      Kernel<false>::Emulate(num_workers, reversed, LaunchParams(p), variant, NoMaps{});
     }
   }
 #endif
@@ -197,18 +197,18 @@ struct AttentionInstance<T, kHeadDimQK, kHeadDimVO, kRows, Variant, FormOf<T, T,
     const auto& variant = VariantParamsOf<Variant>(p);
     KVMaps maps{};  // of values there is none
     if (MakeKVMaps<C>(p, &maps)) {
-      return Kernel::Launch(num_workers, stream, p, variant, maps);
+      return Kernel::Launch(num_workers, stream, LaunchParams(p), variant, maps);
     }
-    return RowsKernel::Launch(num_workers, stream, p, variant);
+    return RowsKernel::Launch(num_workers, stream, LaunchParams(p), variant);
   }
 #else
   static void Emulate(const AttentionParams& p, int num_workers, bool reversed) {
     const auto& variant = VariantParamsOf<Variant>(p);
     KVMaps maps{};  // of values there is none
     if (MakeKVMaps<C>(p, &maps)) {
-      Kernel::Emulate(num_workers, reversed, p, variant, maps);
+      Kernel::Emulate(num_workers, reversed, LaunchParams(p), variant, maps);
     } else {
-      RowsKernel::Emulate(num_workers, reversed, p, variant);
+      RowsKernel::Emulate(num_workers, reversed, LaunchParams(p), variant);
     }
   }
 #endif

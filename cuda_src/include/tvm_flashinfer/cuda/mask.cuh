@@ -5,10 +5,10 @@
 #ifndef TVM_FLASHINFER_CUDA_MASK_CUH_
 #define TVM_FLASHINFER_CUDA_MASK_CUH_
 
-#include "../params.h"
 #include "../variant.h"
 #include "block_layout.cuh"
 #include "lanes.cuh"
+#include "launch_params.cuh"
 #include "pipeline.cuh"
 #include "q_tile.cuh"
 #include "query_row.cuh"
@@ -21,7 +21,7 @@ class ItemMask {
  public:
   using VariantParams = typename Variant::Params;
 
-  __device__ __forceinline__ ItemMask(const AttentionParams& p, const VariantParams& variant,
+  __device__ __forceinline__ ItemMask(const LaunchParams& p, const VariantParams& variant,
                                       const ItemInfo& info, const QTile<C>& q,
                                       const BlockLayout<C>& at)
       : variant_(variant), info_(info), slice_(at.slice), column_(2 * (at.lane % 4)) {

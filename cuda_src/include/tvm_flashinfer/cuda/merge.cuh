@@ -6,7 +6,7 @@
 #ifndef TVM_FLASHINFER_CUDA_MERGE_CUH_
 #define TVM_FLASHINFER_CUDA_MERGE_CUH_
 
-#include "../params.h"
+#include "launch_params.cuh"
 #include "online_softmax.cuh"
 #include "output.cuh"
 #include "pipeline.cuh"
@@ -15,17 +15,19 @@
 namespace tvm_flashinfer {
 namespace cuda {
 
-/*! \brief The states of a token, by the plan's list: the same of all its heads. */
-struct MergedStates {
+/*! \brief The states of a token in the plan's list: the same of all its heads. */
+struct MergeList {
   int begin, count;
+};
+
+/*! \brief The same, and the first of its rows. */
+struct MergedStates : MergeList {
   int first;  //!< row of this lane's among the first 32
 
-  __device__ __forceinline__ MergedStates(const AttentionParams& p, int token, int lane)
-      : begin(p.plan.merge_indptr[token]),
-        count(p.plan.merge_indptr[token + 1] - begin),
-        first(Row(p, 0, lane)) {}
+  __device__ __forceinline__ MergedStates(const LaunchParams& p, const MergeList& list, int lane)
+      : MergeList(list), first(Row(p, 0, lane)) {}
   /*! \brief Row of a lane's state from the `done`-th on; lanes past the end repeat the last. */
-  __device__ __forceinline__ int Row(const AttentionParams& p, int done, int lane) const {
+  __device__ __forceinline__ int Row(const LaunchParams& p, int done, int lane) const {
     return p.plan.merge_rows[begin + min(done + lane, count - 1)];
   }
 };
@@ -35,36 +37,38 @@ struct MergedStates {
  * four columns of each 128 for outputs.
  */
 template <typename C, typename Variant>
-__device__ __forceinline__ void MergeRow(const AttentionParams& p,
+__device__ __forceinline__ void MergeRow(const LaunchParams& p,
                                          const typename Variant::Params& variant,
                                          const MergedStates& merged, int token, int head,
                                          int lane) {
   constexpr int kPanels = CeilDiv(C::kHeadDimVO, 4 * kWarpSize);
   // States loaded at a time: as many as registers allow beside a kernel's own.
   constexpr int kBatch = kPanels >= 4 ? 2 : kPanels == 1 && C::kHeadDimVO > 64 ? 16 : 8;
-  const int count = merged.count;
   const int column = lane * 4;
+  // Bytes, so that a state's address is one multiplication.
+  const char* outputs = reinterpret_cast<const char*>(p.o_partial + head * C::kHeadDimVO);
+  const auto pitch = static_cast<uint32_t>(p.num_qo_heads * C::kHeadDimVO * 4);
   float top = TVM_FLASHINFER_NEG_INF, sum = 0.0f;
   float x[kPanels][4] = {};
-  for (int done = 0; done < count; done += kWarpSize) {
-    const int states = min(kWarpSize, count - done);
+  for (int done = 0; done < merged.count; done += kWarpSize) {
+    const int states = min(kWarpSize, merged.count - done);
     // Lanes past the end have no weight.
     const int row = done == 0 ? merged.first : merged.Row(p, done, lane);
     float o[kBatch][kPanels][4];
     const auto load = [&](int first) {
 #pragma unroll
       for (int n = 0; n < kBatch; ++n) {
-        const int64_t from = __shfl_sync(0xffffffffu, row, first + n);
+        const auto from = static_cast<uint32_t>(__shfl_sync(0xffffffffu, row, first + n));
+        const auto* output = reinterpret_cast<const float*>(outputs + uint64_t{from} * pitch);
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
-          const int at = min(panel * 4 * kWarpSize + column, C::kHeadDimVO - 4);
-          ptx::LoadL2(o[n][panel],
-                      p.o_partial + (from * p.num_qo_heads + head) * C::kHeadDimVO + at);
+          ptx::LoadL2(o[n][panel], output + min(panel * 4 * kWarpSize + column, C::kHeadDimVO - 4));
         }
       }
     };
     const float natural = ptx::LoadL2(p.lse_partial + int64_t{row} * p.num_qo_heads + head);
     load(0);
+    __syncwarp();  // else the compiler issues these loads after it has waited for the one before
     const float lse = natural * kLog2e;
     const float new_top = fmaxf(top, WarpMax(lse));
     const float shift = new_top == TVM_FLASHINFER_NEG_INF ? 0.0f : new_top;
@@ -77,8 +81,7 @@ __device__ __forceinline__ void MergeRow(const AttentionParams& p,
 #pragma unroll
       for (int e = 0; e < 4; ++e) x[panel][e] *= rescale;
     }
-    for (int i = 0; i < states; i += kBatch) {
-      if (i > 0) load(i);
+    for (int i = 0;;) {
 #pragma unroll
       for (int n = 0; n < kBatch; ++n) {
         const float w = __shfl_sync(0xffffffffu, weight, i + n);
@@ -88,6 +91,9 @@ __device__ __forceinline__ void MergeRow(const AttentionParams& p,
           for (int e = 0; e < 4; ++e) x[panel][e] += w * o[n][panel][e];
         }
       }
+      i += kBatch;
+      if (i >= states) break;
+      load(i);
     }
   }
   const StateWriter<typename C::T, C::kHeadDimVO> writer(p, token, head, -1);
@@ -129,34 +135,37 @@ __device__ __forceinline__ void MergeRow(const AttentionParams& p,
  * \param smem kMergeBytes.
  */
 template <typename C, typename Variant>
-__device__ __forceinline__ void MergeCompleted(const AttentionParams& p,
+__device__ __forceinline__ void MergeCompleted(const LaunchParams& p,
                                                const typename Variant::Params& variant,
                                                const WorkItem& item, uint8_t* smem) {
-  int32_t* complete = reinterpret_cast<int32_t*>(smem);  // [kRows] tokens
+  // Of each token of the item what is to be merged: nothing unless its states are complete.
+  auto* lists = reinterpret_cast<MergeList*>(smem);
+  static_assert(sizeof(MergeList) * C::kRows <= C::kMergeBytes, "an item has up to kRows tokens");
   static_assert(C::kRows <= C::kConsumerThreads, "a thread counts for at most one token");
   const int t = static_cast<int>(threadIdx.x);
   const bool counts = t < item.q_count;
   const int token = item.q_begin + (counts ? t : 0);
-  const int states = p.plan.merge_indptr[token + 1] - p.plan.merge_indptr[token];
+  const int begin = p.plan.merge_indptr[token];
+  const int states = p.plan.merge_indptr[token + 1] - begin;
   Pipeline<C>::SyncConsumers();
   if (counts) {
     int32_t* ticket = p.tickets + int64_t{token} * p.num_kv_heads + item.head;
     const bool last = ptx::AtomicAddOrdered(ticket, 1) == states - 1;
     if (last) *ticket = 0;
-    complete[t] = last;
+    lists[t] = {begin, last ? states : 0};
   }
   Pipeline<C>::SyncConsumers();
-  const int group = p.num_qo_heads / p.num_kv_heads;
+  const int group = p.group.value();
   const int warp = t / kWarpSize, lane = t % kWarpSize;
   for (int i = 0; i < item.q_count; ++i) {
-    if (!complete[i]) continue;
-    const int complete_token = item.q_begin + i;
-    const MergedStates merged(p, complete_token, lane);
+    const MergeList list = lists[i];
+    if (list.count == 0) continue;
+    const MergedStates merged(p, list, lane);
     // Heads of the tile's tokens are dealt to warps one after another.
     const int rest = i * group % C::kConsumerWarps;
     for (int h = (warp - rest + C::kConsumerWarps) % C::kConsumerWarps; h < group;
          h += C::kConsumerWarps) {
-      MergeRow<C, Variant>(p, variant, merged, complete_token, item.head * group + h, lane);
+      MergeRow<C, Variant>(p, variant, merged, item.q_begin + i, item.head * group + h, lane);
     }
   }
   Pipeline<C>::SyncConsumers();  // the next item reuses the memory

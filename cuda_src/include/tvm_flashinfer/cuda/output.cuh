@@ -4,9 +4,9 @@
 #ifndef TVM_FLASHINFER_CUDA_OUTPUT_CUH_
 #define TVM_FLASHINFER_CUDA_OUTPUT_CUH_
 
-#include "../params.h"
 #include "block_layout.cuh"
 #include "lanes.cuh"
+#include "launch_params.cuh"
 #include "online_softmax.cuh"
 #include "pipeline.cuh"
 #include "ptx.cuh"
@@ -20,7 +20,7 @@ template <typename T, int kHeadDimVO>
 class StateWriter {
  public:
   /*! \param partial Partial row of the token, or -1: its state is the final one. */
-  __device__ __forceinline__ StateWriter(const AttentionParams& p, int token, int head, int partial)
+  __device__ __forceinline__ StateWriter(const LaunchParams& p, int token, int head, int partial)
       : final_(partial < 0) {
     if (final_) {
       o_ = static_cast<T*>(p.o) + token * p.o_token_stride + head * p.o_head_stride;
@@ -78,7 +78,7 @@ struct StateFinish {
  * \param max In units of log2.
  */
 template <typename Variant>
-__device__ __forceinline__ StateFinish FinishState(const AttentionParams& p,
+__device__ __forceinline__ StateFinish FinishState(const LaunchParams& p,
                                                    const typename Variant::Params& variant,
                                                    int token, int head, bool final, float max,
                                                    float sum) {
@@ -87,7 +87,7 @@ __device__ __forceinline__ StateFinish FinishState(const AttentionParams& p,
   if constexpr (Variant::kHasSink) {
     if (final) {
       const ElementIndex<int32_t> at{p.plan.q_request[token], p.plan.q_position[token], 0, head,
-                                     head / (p.num_qo_heads / p.num_kv_heads)};
+                                     p.group.Divide(head)};
       const float sink = Variant::template Sink<ThreadLanes>(variant, at) * kLog2e;
       const float top = fmaxf(max, sink), shift = top == TVM_FLASHINFER_NEG_INF ? 0.0f : top;
       scale = ptx::Exp2(max - shift);
@@ -110,17 +110,13 @@ struct FloatRow {
  * \param x Elements [column, column + 4) of the transformed one.
  */
 template <typename Variant, int kHeadDimVO>
-__device__ __forceinline__ void TransformOutput(const AttentionParams& p,
+__device__ __forceinline__ void TransformOutput(const LaunchParams& p,
                                                 const typename Variant::Params& variant, int token,
                                                 int head, const float* row, int column,
                                                 float (&x)[4]) {
   using Lanes = VectorLanes<FloatRow>;
-  VectorIndex<Lanes> at{p.plan.q_request[token],
-                        p.plan.q_position[token],
-                        head,
-                        head / (p.num_qo_heads / p.num_kv_heads),
-                        token,
-                        0};
+  VectorIndex<Lanes> at{
+      p.plan.q_request[token], p.plan.q_position[token], head, p.group.Divide(head), token, 0};
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     at.dim = column + e;
@@ -131,7 +127,7 @@ __device__ __forceinline__ void TransformOutput(const AttentionParams& p,
 
 /*! \brief Write rows [first, first + rows) of a tile whose normalised outputs lie in `o`. */
 template <typename C, typename Variant>
-__device__ __forceinline__ void WriteTransformed(const AttentionParams& p,
+__device__ __forceinline__ void WriteTransformed(const LaunchParams& p,
                                                  const typename Variant::Params& variant,
                                                  const WorkItem& item, const QTile<C>& q, int first,
                                                  int rows, const float* o, int thread) {
@@ -151,7 +147,7 @@ __device__ __forceinline__ void WriteTransformed(const AttentionParams& p,
  * \param max, sum Of the rows of the fragment's halves; maxima in units of log2.
  */
 template <typename C, typename Variant, int kTiles>
-__device__ __forceinline__ void WriteFragments(const AttentionParams& p,
+__device__ __forceinline__ void WriteFragments(const LaunchParams& p,
                                                const typename Variant::Params& variant,
                                                const WorkItem& item, const QTile<C>& q,
                                                const BlockLayout<C>& at,
@@ -182,7 +178,7 @@ __device__ __forceinline__ void WriteFragments(const AttentionParams& p,
  */
 template <typename C, typename Variant>
 __device__ __forceinline__ void MergeSlices(
-    const AttentionParams& p, const typename Variant::Params& variant, const WorkItem& item,
+    const LaunchParams& p, const typename Variant::Params& variant, const WorkItem& item,
     const QTile<C>& q, const BlockLayout<C>& at,
     const OnlineSoftmax<C::kHeadDimVO, Variant::kSoftmax>& s, uint8_t* smem) {
   constexpr int kSlots = C::kSlices * C::kExchangeRows;

@@ -4,9 +4,8 @@
 #ifndef TVM_FLASHINFER_CUDA_PAGE_LOOKUP_CUH_
 #define TVM_FLASHINFER_CUDA_PAGE_LOOKUP_CUH_
 
-#include "../params.h"
+#include "launch_params.cuh"
 #include "platform.cuh"
-#include "ptx.cuh"
 
 namespace tvm_flashinfer {
 namespace cuda {
@@ -25,29 +24,21 @@ struct TokenPlace {
   }
 };
 
-class PageLookup {
- public:
-  __device__ __forceinline__ explicit PageLookup(int32_t page_size)
-      : size_(static_cast<uint32_t>(page_size)),
-        shift_((size_ & (size_ - 1)) == 0 ? ptx::HighestBit(size_) : -1) {}
-
-  /*! \param token Counted within the item; negative, or from its end on: no such token. */
-  __device__ __forceinline__ TokenPlace Find(const int32_t* pages, const WorkItem& item,
-                                             int token) const {
-    TokenPlace place;
-    if (token >= 0 && token < item.kv_count) {
-      const auto at = static_cast<uint32_t>(item.kv_begin + token);
-      const uint32_t page = shift_ >= 0 ? at >> shift_ : at / size_;
-      place.entry = static_cast<int32_t>(at - page * size_);
-      place.page = pages[page];
-    }
-    return place;
+/*!
+ * \param pages Of the item's row.
+ * \param token Counted within the item; negative, or from its end on: no such token.
+ */
+__device__ __forceinline__ TokenPlace FindToken(const LaunchParams& p, const int32_t* pages,
+                                                const WorkItem& item, int token) {
+  TokenPlace place;
+  if (token >= 0 && token < item.kv_count) {
+    const int at = item.kv_begin + token;
+    const int page = p.page.Divide(at);
+    place.entry = at - page * p.page_size;
+    place.page = pages[page];
   }
-
- private:
-  uint32_t size_;
-  int shift_;  //!< log2 of the size, or -1
-};
+  return place;
+}
 
 }  // namespace cuda
 }  // namespace tvm_flashinfer

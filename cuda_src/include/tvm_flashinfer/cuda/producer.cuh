@@ -5,9 +5,9 @@
 #ifndef TVM_FLASHINFER_CUDA_PRODUCER_CUH_
 #define TVM_FLASHINFER_CUDA_PRODUCER_CUH_
 
-#include "../params.h"
 #include "item_reader.cuh"
 #include "kv_gather.cuh"
+#include "launch_params.cuh"
 #include "pipeline.cuh"
 #include "ptx.cuh"
 #include "q_tile.cuh"
@@ -21,7 +21,7 @@ class Producer {
  public:
   using VariantParams = typename Variant::Params;
 
-  __device__ __forceinline__ Producer(const AttentionParams& p, const VariantParams& variant,
+  __device__ __forceinline__ Producer(const LaunchParams& p, const VariantParams& variant,
                                       const Pipeline<C>& pipeline, int lane)
       : p_(p), variant_(variant), pipeline_(pipeline), lane_(lane) {}
 
@@ -67,8 +67,10 @@ class Producer {
     };
     Follow(
         [&](const ItemInfo& info, int slot) {
+          const QTile<C> q(p_, info.item);
+          const int64_t place = part == 0 ? QueryPlace(p_, q.Row(lane_)) : -1;
           const auto load_queries = [&] {
-            if (part == 0) QTile<C>(p_, info.item).Load(p_, lane_, pipeline_.Q(slot));
+            if (part == 0) q.Load(p_, place, lane_, pipeline_.Q(slot));
             arrive(slot);
           };
           if constexpr (C::Form::kSharedKV) {
@@ -132,7 +134,7 @@ class Producer {
   /*!
    * \brief Load an operand of an item. While earlier launches end, the first step of the block is
    * brought to the L2 cache: copies to shared memory must wait, for those launches may write what
-   * is copied.
+   * is copied. What can be worked out beforehand is: nothing of the pool is on its way until then.
    * \param before Called before the first copy, when earlier launches have ended.
    * \param read_ahead Called once as many copies are on their way as the ring holds: what it waits
    * for costs nothing.
@@ -144,24 +146,32 @@ class Producer {
     const int steps = CeilDiv(info.item.kv_count, C::kStepKV);
     if (first_) gather.Prefetch(rows);
     first_ = false;
-    ptx::WaitForEarlierLaunches();
-    before();
+    bool begun = false;
+    const auto begin = [&] {
+      if (begun) return;
+      ptx::WaitForEarlierLaunches();
+      before();
+      begun = true;
+    };
     for (int step = 0; step < steps; ++step) {
       const auto ahead = gather.Resolve(step + 1);
       if (ClassifyTokens<Variant>(variant_, info, step * C::kStepKV, C::kStepKV) !=
           TileClass::kEmpty) {
+        const auto places = gather.Locate(rows);
         ptx::MbarrierWait(pipeline_.Empty(stages_.slot), stages_.phase ^ 1);
-        gather.Load(rows, tile(stages_.slot));
+        begin();
+        gather.Load(places, tile(stages_.slot));
         Arrive(full(stages_.slot));
         stages_.Advance();
       }
       rows = ahead;
       if (step + 1 == min(steps, C::kStages)) read_ahead();
     }
+    begin();
     if (steps == 0) read_ahead();
   }
 
-  const AttentionParams& p_;
+  const LaunchParams& p_;
   const VariantParams& variant_;
   const Pipeline<C>& pipeline_;
   int lane_;

@@ -265,13 +265,6 @@ __device__ __forceinline__ float Cos(float x) {
   return y;
 }
 
-/*! \brief Position of the highest set bit. */
-__device__ __forceinline__ int HighestBit(uint32_t x) {
-  int at;
-  asm("bfind.u32 %0, %1;" : "=r"(at) : "r"(x));
-  return at;
-}
-
 // ---- Between launches, sm_90 ----
 
 /*! \brief Wait for the launches before this one; at once where they do not overlap. */

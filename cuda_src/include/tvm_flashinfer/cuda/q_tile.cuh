@@ -4,8 +4,8 @@
 #ifndef TVM_FLASHINFER_CUDA_Q_TILE_CUH_
 #define TVM_FLASHINFER_CUDA_Q_TILE_CUH_
 
-#include "../params.h"
 #include "block_layout.cuh"
+#include "launch_params.cuh"
 #include "ptx.cuh"
 #include "query_row.cuh"
 
@@ -13,7 +13,7 @@ namespace tvm_flashinfer {
 namespace cuda {
 
 /*! \brief Elements from the first query to a row's, or -1. */
-__device__ __forceinline__ int64_t QueryPlace(const AttentionParams& p, const QueryRow& row) {
+__device__ __forceinline__ int64_t QueryPlace(const LaunchParams& p, const QueryRow& row) {
   return row.token < 0 ? -1 : row.token * p.q_token_stride + row.head * p.q_head_stride;
 }
 
@@ -22,15 +22,21 @@ template <typename C>
 struct QTile {
   using T = typename C::T;
   using Tile = typename C::QTile;
-  int q_begin, rows, group, kv_head;
+  const Divisor& group;  //!< query heads of a KV head
+  int q_begin, rows, kv_head;
 
-  __device__ __forceinline__ QTile(const AttentionParams& p, const WorkItem& item)
-      : q_begin(item.q_begin), group(p.num_qo_heads / p.num_kv_heads), kv_head(item.head) {
-    rows = item.q_count * group;
+  __device__ __forceinline__ QTile(const LaunchParams& p, const WorkItem& item)
+      : group(p.group),
+        q_begin(item.q_begin),
+        rows(item.q_count * p.group.value()),
+        kv_head(item.head) {}
+
+  __device__ __forceinline__ int Token(int row) const {
+    return group.Divide(row);
+  }  //!< in the tile
+  __device__ __forceinline__ int Head(int row) const {
+    return kv_head * group.value() + group.Rest(row);
   }
-
-  __device__ __forceinline__ int Token(int row) const { return row / group; }  //!< within the tile
-  __device__ __forceinline__ int Head(int row) const { return kv_head * group + row % group; }
 
   /*! \brief Token and head of a packed row. */
   __device__ __forceinline__ QueryRow Row(int row) const {
@@ -38,24 +44,32 @@ struct QTile {
     return {row < rows ? q_begin + Token(shown) : -1, Head(shown), 0, 0};
   }
 
-  /*! \brief Copy the tile; by one warp. */
-  __device__ __forceinline__ void Load(const AttentionParams& p, int lane, uint32_t tile) const {
+  /*!
+   * \brief Copy the tile; by one warp.
+   * \param place Of the lane's row (QueryPlace), which can be worked out before queries are there.
+   */
+  __device__ __forceinline__ void Load(const LaunchParams& p, int64_t place, int lane,
+                                       uint32_t tile) const {
     constexpr int kAtOnce = C::kRows < kWarpSize ? C::kRows : kWarpSize;
+    CopyRows<kAtOnce>(p, place, 0, lane, tile);
 #pragma unroll 1
-    for (int first = 0; first < C::kRows; first += kAtOnce) {
+    for (int first = kAtOnce; first < C::kRows; first += kAtOnce) {
       LoadRows<kAtOnce>(p, first, lane, tile);
     }
   }
 
-  /*!
-   * \brief Copy kCount rows from `first` on; by one warp, whose lanes each work out a row's place.
-   * Rows past the tile are zeros.
-   */
+  /*! \brief Copy kCount rows from `first` on; by one warp. */
   template <int kCount>
-  __device__ __forceinline__ void LoadRows(const AttentionParams& p, int first, int lane,
+  __device__ __forceinline__ void LoadRows(const LaunchParams& p, int first, int lane,
                                            uint32_t tile) const {
+    CopyRows<kCount>(p, QueryPlace(p, Row(first + lane)), first, lane, tile);
+  }
+
+  /*! \brief The same by the places of the lanes' rows. Rows past the tile are zeros. */
+  template <int kCount>
+  __device__ __forceinline__ void CopyRows(const LaunchParams& p, int64_t place, int first,
+                                           int lane, uint32_t tile) const {
     constexpr int kCopies = kCount * Tile::kChunks;
-    const int64_t place = QueryPlace(p, Row(first + lane));
 #pragma unroll 4
     for (int i = 0; i < CeilDiv(kCopies, kWarpSize); ++i) {
       const int copy = i * kWarpSize + lane;
@@ -81,8 +95,7 @@ struct QTile {
 
 /*! \brief What a packed row stands for, as far as the variant asks. */
 template <typename Variant, typename C>
-__device__ __forceinline__ QueryRow DescribeRow(const AttentionParams& p, const QTile<C>& q,
-                                                int row) {
+__device__ __forceinline__ QueryRow DescribeRow(const LaunchParams& p, const QTile<C>& q, int row) {
   QueryRow known = q.Row(row);
   if constexpr (Variant::kHasMask || Variant::kHasLogits) {
     const int token = q.q_begin + q.Token(min(row, q.rows - 1));

@@ -4,10 +4,10 @@
 #ifndef TVM_FLASHINFER_CUDA_QUERY_TRANSFORM_CUH_
 #define TVM_FLASHINFER_CUDA_QUERY_TRANSFORM_CUH_
 
-#include "../params.h"
 #include "../variant.h"
 #include "block_layout.cuh"
 #include "lanes.cuh"
+#include "launch_params.cuh"
 #include "pipeline.cuh"
 #include "ptx.cuh"
 #include "q_tile.cuh"
@@ -35,7 +35,7 @@ struct SwizzledRow {
  * \param tile Of Pipeline::Q.
  */
 template <typename C, typename Variant>
-__device__ __forceinline__ void TransformQueries(const AttentionParams& p,
+__device__ __forceinline__ void TransformQueries(const LaunchParams& p,
                                                  const typename Variant::Params& variant,
                                                  const QTile<C>& q, const Pipeline<C>& pipeline,
                                                  uint32_t tile) {

@@ -107,7 +107,7 @@ struct TileConfig {
   // Wide heads: weights of a stage, and maxima or sums of each row and slice.
   using WeightTile = SwizzledTile<kStepKV, kRows>;
   static constexpr int kWeightBytes = kWide ? WeightTile::kBytes + kRows * kSlices * 4 : 0;
-  static constexpr int kMergeBytes = kRows * 4;
+  static constexpr int kMergeBytes = kRows * 8;
   static constexpr int Max(int a, int b) { return a > b ? a : b; }
 
   // Decode keeps 128 KiB a multiprocessor in flight: latency times bandwidth is about 40 KiB, the

@@ -27,7 +27,7 @@ namespace cuda {
 /*! \brief The kernel: one block a worker, as many blocks as the plan's bounds have workers. */
 template <typename C, typename Variant>
 __global__ void __launch_bounds__(C::kThreads, 1)
-    WarpgroupAttentionKernel(const __grid_constant__ AttentionParams p,
+    WarpgroupAttentionKernel(const __grid_constant__ LaunchParams p,
                              const __grid_constant__ typename Variant::Params variant,
                              const __grid_constant__ typename C::Maps maps) {
   TVM_FLASHINFER_DYNAMIC_SHARED(smem);

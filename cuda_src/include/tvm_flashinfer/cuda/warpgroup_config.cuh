@@ -88,7 +88,7 @@ struct WarpgroupConfig {
   using KTile = WgmmaTile<kHeadDimQK, kStepKV>;
   using VTile = WgmmaTile<kHeadDimVO, kStepKV>;
 
-  static constexpr int kMergeBytes = kRows * 4;
+  static constexpr int kMergeBytes = kRows * 8;
 
   // Shared memory: rings, query tiles, merge, item records, rows of the tiles, barriers.
   static constexpr int kVOffset = kStages * KTile::kBytes;
@@ -156,7 +156,7 @@ struct LatentConfig {
   static constexpr int kVOffset = 0;
   static constexpr int kQOffset = kStages * KTile::kBytes;
   static constexpr int kScratchOffset = kQOffset + QTile::kBytes;
-  static constexpr int kMergeBytes = kRows * 4;
+  static constexpr int kMergeBytes = kRows * 8;
   static constexpr int kWeightsOffset = kScratchOffset + kMergeBytes;
   static constexpr int kMaximaOffset = kWeightsOffset + kRows * kStepKV * 2;
   static constexpr int kSumsOffset = kMaximaOffset + kRows * 4;

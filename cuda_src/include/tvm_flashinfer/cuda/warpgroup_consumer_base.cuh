@@ -4,9 +4,9 @@
 #ifndef TVM_FLASHINFER_CUDA_WARPGROUP_CONSUMER_BASE_CUH_
 #define TVM_FLASHINFER_CUDA_WARPGROUP_CONSUMER_BASE_CUH_
 
-#include "../params.h"
 #include "../variant.h"
 #include "block_layout.cuh"
+#include "launch_params.cuh"
 #include "mask.cuh"
 #include "ptx.cuh"
 #include "warpgroup_config.cuh"
@@ -23,7 +23,7 @@ class WarpgroupConsumerBase {
   using Logits = float[C::kStepKV / 8][4];
   using Weights = uint32_t[C::kStepKV / 16][4];
 
-  __device__ __forceinline__ WarpgroupConsumerBase(const AttentionParams& p,
+  __device__ __forceinline__ WarpgroupConsumerBase(const LaunchParams& p,
                                                    const VariantParams& variant,
                                                    const WarpgroupPipeline<C>& pipeline)
       : p_(p), variant_(variant), pipeline_(pipeline) {
@@ -60,7 +60,7 @@ class WarpgroupConsumerBase {
     if (at_.lane == 0) ptx::MbarrierArrive(barrier);
   }
 
-  const AttentionParams& p_;
+  const LaunchParams& p_;
   const VariantParams& variant_;
   const WarpgroupPipeline<C>& pipeline_;
   const BlockLayout<C> at_;

@@ -4,7 +4,7 @@
 #ifndef TVM_FLASHINFER_CUDA_WARPGROUP_OUTPUT_CUH_
 #define TVM_FLASHINFER_CUDA_WARPGROUP_OUTPUT_CUH_
 
-#include "../params.h"
+#include "launch_params.cuh"
 #include "online_softmax.cuh"
 #include "output.cuh"
 #include "ptx.cuh"
@@ -41,7 +41,7 @@ __device__ __forceinline__ void TransposeQuad(uint32_t (&x)[4], int quad) {
  * \param max In log2 units; with the sum, as OnlineSoftmax::Finish leaves them.
  */
 template <typename C, typename Variant, int kTiles>
-__device__ __forceinline__ void WriteRows(const AttentionParams& p,
+__device__ __forceinline__ void WriteRows(const LaunchParams& p,
                                           const typename Variant::Params& variant,
                                           const WorkItem& item, const QueryRow (&rows)[2], int lane,
                                           const float (&o)[kTiles][4], const float (&max)[2],

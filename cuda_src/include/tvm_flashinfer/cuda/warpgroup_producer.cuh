@@ -5,10 +5,10 @@
 #ifndef TVM_FLASHINFER_CUDA_WARPGROUP_PRODUCER_CUH_
 #define TVM_FLASHINFER_CUDA_WARPGROUP_PRODUCER_CUH_
 
-#include "../params.h"
 #include "item_reader.cuh"
 #include "kv_boxes.cuh"
 #include "kv_rows.cuh"
+#include "launch_params.cuh"
 #include "ptx.cuh"
 #include "warpgroup_pipeline.cuh"
 #include "work_queue.cuh"
@@ -22,7 +22,7 @@ class WarpgroupProducer {
   using Loader = std::conditional_t<C::kBoxes, BoxLoader<C, Variant>, RowLoader<C, Variant>>;
 
   /*! \param warp This warp among the producers. */
-  __device__ __forceinline__ WarpgroupProducer(const AttentionParams& p,
+  __device__ __forceinline__ WarpgroupProducer(const LaunchParams& p,
                                                const typename Variant::Params& variant,
                                                const typename C::Maps& maps,
                                                const WarpgroupPipeline<C>& pipeline, int warp,
@@ -60,7 +60,7 @@ class WarpgroupProducer {
     }
   }
 
-  const AttentionParams& p_;
+  const LaunchParams& p_;
   const WarpgroupPipeline<C>& pipeline_;
   Loader loader_;
   int warp_, lane_;

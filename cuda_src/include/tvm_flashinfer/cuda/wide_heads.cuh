@@ -7,10 +7,10 @@
 #ifndef TVM_FLASHINFER_CUDA_WIDE_HEADS_CUH_
 #define TVM_FLASHINFER_CUDA_WIDE_HEADS_CUH_
 
-#include "../params.h"
 #include "../variant.h"
 #include "block_layout.cuh"
 #include "convert.cuh"
+#include "launch_params.cuh"
 #include "mask.cuh"
 #include "merge.cuh"
 #include "online_softmax.cuh"
@@ -214,7 +214,7 @@ class WideState {
 
 /*! \brief Write an item's states; a variant that transforms outputs sees whole rows. */
 template <typename C, typename Variant>
-__device__ __forceinline__ void WriteWide(const AttentionParams& p,
+__device__ __forceinline__ void WriteWide(const LaunchParams& p,
                                           const typename Variant::Params& variant,
                                           const WorkItem& item, const QTile<C>& q,
                                           const BlockLayout<C>& at,
@@ -259,7 +259,7 @@ __device__ __forceinline__ void WriteWide(const AttentionParams& p,
 
 /*! \brief As Consume (attention.cuh), of wide heads. */
 template <typename C, typename Variant>
-__device__ __forceinline__ void ConsumeWide(const AttentionParams& p,
+__device__ __forceinline__ void ConsumeWide(const LaunchParams& p,
                                             const typename Variant::Params& variant,
                                             const Pipeline<C>& pipeline) {
   using State = WideState<C, Variant>;
