@@ -54,6 +54,13 @@ def test_prefill(modules, plans, page_size, num_qo_heads, num_kv_heads) -> None:
     check(modules["main"], plans, case, options(3))
 
 
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_chunks_that_end_anywhere_in_a_step(modules, plans, page_size) -> None:
+    lens = [1, 7, 8, 63, 64, 65, 72, 120, 127, 128, 129, 192, 200]
+    batch, pages = paged([2] * len(lens), lens, page_size, np.random.default_rng(9))
+    check(modules["main"], plans, Case(batch, pages, 4, 2, 128), options(3))
+
+
 def test_split_tiles_are_merged(modules, plans) -> None:
     batch, pages = paged([40], [900], 16, np.random.default_rng(1))
     case = Case(batch, pages, 3, 1, 128)

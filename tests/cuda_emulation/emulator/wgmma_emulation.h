@@ -144,7 +144,7 @@ inline void CopyBox(uint32_t shared, const TensorMap& map, const int (&at)[5], u
       const uint64_t index = static_cast<uint64_t>(at[d] + rest % map.box[d]);
       rest /= map.box[d];
       inside = inside && index < map.size[d];
-      from += index * map.stride[d];
+      if (inside) from += index * map.stride[d];
     }
     for (uint32_t chunk = 0; chunk < 8; ++chunk) {
       const uint32_t to = static_cast<uint32_t>(shared + row * 128 + chunk * 16);

@@ -72,6 +72,12 @@ class BoxLoader {
     TokenPlace place = find(stage.step);
     if (C::kStageRecords && stage.step >= 0) steps.Next();
     ptx::WaitForEarlierLaunches();
+    if constexpr (C::kSharedKV) {
+      // What is asked for after a ring of keys comes after them, and nothing begins without
+      // queries.
+      if (first_) ptx::NamedBarrier(C::kQueriesAsked, C::kQueriesAskedThreads);
+      first_ = false;
+    }
     while (stage.step >= 0) {
       if constexpr (!C::kStageRecords) steps.Next();
       const StageRecord next{steps.step(), steps.tile(), 0};
@@ -87,61 +93,54 @@ class BoxLoader {
     }
   }
 
-  /*! \brief Tokens of the chunk in a stage. */
-  __device__ __forceinline__ static int Tokens(const WorkItem& item, const StageRecord& stage) {
-    return min(C::kStepKV, item.kv_count - stage.step * C::kStepKV);
-  }
-
-  /*! Tokens past the chunk's end may be anything: their logits are masked. */
+  /*! Tokens past the chunk's end may be anything, unless they are values: logits are masked. */
   __device__ __forceinline__ void LoadK(const WorkItem& item, const TokenPlace& place,
                                         const StageRecord& stage) {
     using Tile = typename C::KTile;
-    const int count = Tokens(item, stage);
     const uint32_t tile = pipeline_.K(stages_.slot), full = pipeline_.FullK(stages_.slot);
     ptx::MbarrierWait(pipeline_.EmptyK(stages_.slot), stages_.phase ^ 1);
     if constexpr (C::kStageRecords) {
       if (warp_ == 0 && ptx::ElectOne()) *pipeline_.Stage(stages_.slot) = stage;
     }
-    int boxes = CeilDiv(count, kBoxTokens);
-    if constexpr (C::kSharedKV) {
-      boxes = count / kBoxTokens;
-      if (count < C::kStepKV && warp_ == 0)
-        CopyEnd<Tile>(p_.k, p_.k_strides, item, place, count, tile);
-    }
+    const int cut = C::kSharedKV ? CutBox(item, stage) : -1;
+    if (cut >= 0 && warp_ == 0) CopyCutBox<Tile>(p_.k, p_.k_strides, item, place, cut, tile);
     CopyBoxes<Tile, C::kParts, C::kTileArrivals>(maps_.k, MapHead(p_.k_strides, item.head), place,
-                                                 boxes, tile, full);
+                                                 cut, tile, full);
   }
 
   __device__ __forceinline__ void LoadV(const WorkItem& item, const TokenPlace& place,
                                         const StageRecord& stage) {
     using Tile = typename C::VTile;
-    const int count = Tokens(item, stage);
     const uint32_t tile = pipeline_.V(stages_.slot), full = pipeline_.FullV(stages_.slot);
     ptx::MbarrierWait(pipeline_.EmptyV(stages_.slot), stages_.phase ^ 1);
-    if (count < C::kStepKV) CopyEnd<Tile>(p_.v, p_.v_strides, item, place, count, tile);
-    CopyBoxes<Tile, 1, 1>(maps_.v, MapHead(p_.v_strides, item.head), place, count / kBoxTokens,
-                          tile, full);
+    const int cut = CutBox(item, stage);
+    if (cut >= 0) CopyCutBox<Tile>(p_.v, p_.v_strides, item, place, cut, tile);
+    CopyBoxes<Tile, 1, 1>(maps_.v, MapHead(p_.v_strides, item.head), place, cut, tile, full);
+  }
+
+  /*! \return The box of a stage that the chunk ends in, or -1. */
+  __device__ __forceinline__ static int CutBox(const WorkItem& item, const StageRecord& stage) {
+    const int count = item.kv_count - stage.step * C::kStepKV;
+    return count < C::kStepKV && count % kBoxTokens != 0 ? count / kBoxTokens : -1;
   }
 
   /*!
-   * \brief The part of a tile of values that whole boxes do not reach. Tokens past the chunk's end
-   * are zeros: 0 x NaN of a stale row would not be.
+   * \brief The box of values that the chunk ends in. Tokens past the end are zeros: 0 x NaN of a
+   * stale row would not be.
    */
   template <typename Tile>
-  __device__ __forceinline__ void CopyEnd(const void* pool, const KVStrides& strides,
-                                          const WorkItem& item, const TokenPlace& place, int count,
-                                          uint32_t tile) const {
+  __device__ __forceinline__ void CopyCutBox(const void* pool, const KVStrides& strides,
+                                             const WorkItem& item, const TokenPlace& place, int box,
+                                             uint32_t tile) const {
     const T* v = static_cast<const T*>(pool) + item.head * strides.head;
-    const int boxes = count / kBoxTokens;
-    const int64_t first = __shfl_sync(0xffffffffu, place.Offset(strides), boxes);
+    const int64_t first = __shfl_sync(0xffffffffu, place.Offset(strides), box);
+    const int rows = item.kv_count % kBoxTokens;  // steps are of whole boxes
 #pragma unroll 1
-    for (int copy = lane_; copy < (C::kStepKV - boxes * kBoxTokens) * Tile::kChunks;
-         copy += kWarpSize) {
+    for (int copy = lane_; copy < kBoxTokens * Tile::kChunks; copy += kWarpSize) {
       const int row = copy / Tile::kChunks, chunk = copy % Tile::kChunks;
-      const bool exists = boxes * kBoxTokens + row < count;
-      const int64_t from = exists ? first + row * strides.token : 0;
-      ptx::CpAsync16OrZero(tile + Tile::Offset(boxes * kBoxTokens + row, chunk),
-                           v + from + chunk * kElementsPerChunk, exists);
+      ptx::CpAsync16OrZero(
+          tile + Tile::Offset(box * kBoxTokens + row, chunk),
+          v + first + min(row, rows - 1) * strides.token + chunk * kElementsPerChunk, row < rows);
     }
     ptx::WaitForCopies();
     ptx::FenceAsyncProxy();
@@ -149,19 +148,21 @@ class BoxLoader {
   }
 
   /*!
-   * \brief This warp's boxes of a tile, of kWarps' that take them in turn, part by part.
+   * \brief This warp's boxes of a tile, of kWarps' that take them in turn, part by part. Those past
+   * the chunk's end lie outside of the pool (page -1), and so are zeros.
+   * \param but One that is there already, or -1.
    * \param full The barrier of the first part; the others follow it.
    */
   template <typename Tile, int kParts, int kWarps>
   __device__ __forceinline__ void CopyBoxes(const ptx::TensorMap& map, int head,
-                                            const TokenPlace& place, int boxes, uint32_t tile,
+                                            const TokenPlace& place, int but, uint32_t tile,
                                             uint32_t full) const {
     constexpr int kOwn = kBoxes / kWarps, kBatch = kOwn < 8 ? kOwn : 8;  // shuffled at once
     static_assert(kBoxes % kWarps == 0 && kOwn % kBatch == 0 && (kParts == 1 || kOwn == kBatch),
                   "boxes come in whole batches, and parts of boxes in one");
     constexpr int kPanels = Tile::kGroupBytes / Tile::kPanelBytes / kParts;
     const int first_box = kWarps == 1 ? 0 : warp_;
-    const int own = (boxes - first_box + kWarps - 1) / kWarps;
+    const int own = kOwn - (but >= 0 && but % kWarps == first_box);
     if (ptx::ElectOne()) {
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
@@ -182,8 +183,8 @@ class BoxLoader {
         for (int part = 0; part < kParts; ++part) {
 #pragma unroll
           for (int i = 0; i < kBatch; ++i) {
-            if (first + i >= own) break;
             const int box = first_box + (first + i) * kWarps;
+            if (box == but) continue;
             ptx::CopyBox(tile + box * Tile::kGroupBytes + part * kPanels * Tile::kPanelBytes, map,
                          {0, entry[i], part * kPanels, head, page[i]}, full + part * 8);
           }
@@ -197,6 +198,7 @@ class BoxLoader {
   const typename Variant::Params& variant_;
   const KVMaps& maps_;
   const WarpgroupPipeline<C>& pipeline_;
+  bool first_ = true;  //!< no item has been loaded yet
   int warp_, lane_;
   RingCursor<C::kStages> stages_;
 };

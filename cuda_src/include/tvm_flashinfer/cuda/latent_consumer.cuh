@@ -29,19 +29,27 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
 
   /*! \brief Every item of the block, as the producers publish them. */
   __device__ __forceinline__ void Run() {
-    ptx::WaitForEarlierLaunches();
     RingCursor<C::kItemSlots> items;
+    bool first = true;
     while (true) {
       ptx::MbarrierWait(pipeline_.RecordFull(items.slot), items.phase);
       const ItemInfo info = *pipeline_.Info(items.slot);
       if (info.valid == 0) return;
       const QTile<C> q(p_, info.item);
       constexpr int kRows = C::kRows / C::kConsumerWarps;
-      q.template LoadRows<kRows>(p_, at_.thread / kWarpSize * kRows, at_.lane, pipeline_.Q(0));
+      const int first_row = at_.thread / kWarpSize * kRows;
+      const int64_t place = QueryPlace(p_, q.Row(first_row + at_.lane));
       const QueryRow rows[2] = {DescribeRow<Variant>(p_, q, at_.Row(0)),
                                 DescribeRow<Variant>(p_, q, at_.Row(1))};
+      ptx::WaitForEarlierLaunches();
+      Queries queries;
+      queries.tile = pipeline_.Q(0);
+      LoadLast(rows, &queries);
+      q.template CopyRows<kRows>(p_, place, first_row, at_.lane, queries.tile);
+      if (first) ptx::NamedBarrierArrive(C::kQueriesAsked, C::kQueriesAskedThreads);
+      first = false;
       State state;
-      Sum(info, rows, items.slot, &state);
+      Sum(info, rows, queries, items.slot, &state);
       WriteRows<C, Variant>(p_, variant_, info.item, rows, at_.lane, state.o, state.max, state.sum,
                             group_ * C::kColumns);
       if (info.item.partial >= 0) {
@@ -72,14 +80,11 @@ class LatentConsumer : private WarpgroupConsumerBase<C, Variant> {
   };
 
   /*! \brief An item's state. Steps are this warpgroup's and the other's in turn. */
-  __device__ __forceinline__ void Sum(const ItemInfo& info, const QueryRow (&rows)[2], int slot,
-                                      State* state) {
+  __device__ __forceinline__ void Sum(const ItemInfo& info, const QueryRow (&rows)[2],
+                                      const Queries& queries, int slot, State* state) {
     BlockLayout<C> whole = at_;
     whole.slice = 0;  // either warpgroup has logits of whole steps
     const Mask mask(variant_, info, rows, whole);
-    Queries queries;
-    queries.tile = pipeline_.Q(0);
-    LoadLast(rows, &queries);
     ptx::WaitForCopies();
     ptx::FenceAsyncProxy();
     Pipeline<C>::SyncConsumers();  // the tile is there

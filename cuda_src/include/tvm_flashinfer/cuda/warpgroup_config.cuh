@@ -147,6 +147,10 @@ struct LatentConfig {
   static constexpr int kItemSlots = 2;
   static constexpr int kRegisterDims = 128;  //!< of the queries, the last ones: in registers
 
+  //! Named barrier: consumers have asked for the first queries, warps that load keys may begin.
+  static constexpr int kQueriesAsked = 4;
+  static constexpr int kQueriesAskedThreads = kConsumerThreads + kTileArrivals * kWarpSize;
+
   using QTile = WgmmaTile<kHeadDimQK - kRegisterDims, kRows>;
   using KTile = WgmmaTile<kHeadDimQK, kStepKV>;
   using VTile = KTile;

@@ -50,6 +50,7 @@ class WarpgroupConsumer : private WarpgroupConsumerBase<C, Variant> {
   using Base::Release, Base::Round, Base::Transform;
   using typename Base::Logits;
   using typename Base::Weights;
+  using HalfLogits = float[C::kStepKV / 16][4];
 
   __device__ __forceinline__ void Item(const ItemInfo& info,
                                        const RingCursor<C::kItemSlots>& items) {
@@ -65,16 +66,24 @@ class WarpgroupConsumer : private WarpgroupConsumerBase<C, Variant> {
                               pipeline_.Rows(items.slot)[at_.Row(1)]};
     const ItemMask<C, Variant> mask(variant_, info, rows, at_);
     if (steps.step() >= 0) {
-      AwaitTile(pipeline_.FullK(k_.slot), k_.phase);
-      MultiplyQK(s, queries);
-      ptx::WgmmaWait<0>();
-      ptx::PinRegisters(s);
-      Release(pipeline_.EmptyK(k_.slot));
-      k_.Advance();
-      Transform(s, mask, steps.step());
-      if (steps.tile() == TileClass::kMixed) mask.Mask(s, steps.step());
-      state.Exponentiate(s, scale_, rescale);
-      Round(s, weights);
+      const auto start = [&](auto& logits) {
+        AwaitTile(pipeline_.FullK(k_.slot), k_.phase);
+        MultiplyQK(logits, queries);
+        ptx::WgmmaWait<0>();
+        ptx::PinRegisters(logits);
+        Release(pipeline_.EmptyK(k_.slot));
+        k_.Advance();
+        Transform(logits, mask, steps.step());
+        if (steps.tile() == TileClass::kMixed) mask.Mask(logits, steps.step());
+        state.Exponentiate(logits, scale_, rescale);
+        Round(logits, weights);
+      };
+      // Where the chunk ends in the first half of its last step, there are no logits of the other.
+      if (info.item.kv_count - steps.step() * C::kStepKV <= C::kStepKV / 2) {
+        start(reinterpret_cast<HalfLogits&>(s));
+      } else {
+        start(s);
+      }
       // The rest of a step, twice: one that masks needs registers that the other must not give.
       const auto finish = [&](auto mixed) {
         Transform(s, mask, steps.step());
@@ -130,7 +139,8 @@ class WarpgroupConsumer : private WarpgroupConsumerBase<C, Variant> {
   }
 
   /*! \brief Issue s = Q K^T of the K tile at hand. */
-  __device__ __forceinline__ void MultiplyQK(Logits& s, uint32_t queries) const {
+  template <int kTiles>
+  __device__ __forceinline__ void MultiplyQK(float (&s)[kTiles][4], uint32_t queries) const {
     ptx::WgmmaFence();
 #pragma unroll
     for (int k = 0; k < C::kHeadDimQK / 16; ++k) {

@@ -36,23 +36,33 @@ class WarpgroupConsumerBase {
   }
 
   /*! \brief The variant's transform, or the scale's sign. */
-  __device__ __forceinline__ void Transform(Logits& s, const ItemMask<C, Variant>& mask,
+  template <int kTiles>
+  __device__ __forceinline__ void Transform(float (&s)[kTiles][4], const ItemMask<C, Variant>& mask,
                                             int step) const {
     if constexpr (Variant::kHasLogits) {
       mask.Transform(s, step, p_.sm_scale);
     } else if (sign_ != 1.0f) {
 #pragma unroll
-      for (int n = 0; n < C::kStepKV / 8; ++n) {
+      for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[n][e] *= sign_;
       }
     }
   }
 
-  /*! \brief Probabilities as fragments of the operand type. */
-  __device__ __forceinline__ static void Round(const Logits& s, Weights& weights) {
+  /*! \brief Probabilities as fragments of the operand type; tokens past those of `s` weigh nothing.
+   */
+  template <int kTiles>
+  __device__ __forceinline__ static void Round(const float (&s)[kTiles][4], Weights& weights) {
 #pragma unroll
-    for (int k = 0; k < C::kStepKV / 16; ++k) PackRowOperand<T>(weights[k], s[2 * k], s[2 * k + 1]);
+    for (int k = 0; k < C::kStepKV / 16; ++k) {
+      if (2 * k < kTiles) {
+        PackRowOperand<T>(weights[k], s[2 * k], s[2 * k + 1]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) weights[k][i] = 0;
+      }
+    }
   }
 
   __device__ __forceinline__ void Release(uint32_t barrier) const {
