@@ -326,6 +326,28 @@ def test_pools_that_are_only_widened(
     close(out, batch.expected(causal=True), "bfloat16")
 
 
+def test_queries_beyond_half_precision(emulated: Emulated) -> None:
+    """Products with widened floats are of half precision, which such rows are divided for."""
+    emulated.tiles = (16,)
+    batch = PagedBatch(PAIRS, 4, (6, 2), (64, 64), "bfloat16")
+    for side in (batch.k, batch.v):
+        side[:] = [torch.from_numpy(x).to(torch.float8_e4m3fn).float().numpy() for x in side]
+    q, *pools = batch.tensors()
+    powers = torch.tensor([20, 0, 0, 100, 20, 0])
+    step = made(batch, None, kv_dtype="float8_e4m3fn")
+    step.plan(batch.layout)
+    want = batch.expected(causal=True)
+    for power in powers.unique().tolist():
+        o, lse = step.run(
+            (q * 2.0 ** powers[:, None]).to(q.dtype),
+            *(x.to(torch.float8_e4m3fn).view(torch.uint8) for x in pools),
+            sm_scale=64**-0.5 * 2.0**-power,
+            return_lse=True,
+        )
+        heads = (powers == power).numpy()
+        close((o[:, heads], lse[:, heads]), tuple(x[:, heads] for x in want), "bfloat16")
+
+
 # --- latent attention ---------------------------------------------------------------------------
 
 

@@ -147,6 +147,12 @@ inline void ToFloat4(uint32_t packed, float (&x)[4]) {
     x[i] = ::tvm_flashinfer::ToFloat(T{static_cast<uint8_t>(packed >> (8 * i))});
   }
 }
+template <typename T>
+inline void WidenToHalf4(uint32_t packed, uint32_t (&pairs)[2]) {
+  float x[4];
+  ToFloat4<T>(packed, x);
+  for (int i = 0; i < 2; ++i) pairs[i] = Pack2<Float16>(x[2 * i], x[2 * i + 1]);
+}
 inline uint32_t SwapInnerBytes(uint32_t x) {
   return (x & 0xff0000ffu) | (x >> 8 & 0xff00u) | (x << 8 & 0xff0000u);
 }

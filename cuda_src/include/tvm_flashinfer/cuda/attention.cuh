@@ -42,13 +42,7 @@ class QFragments {
       : tile_(pipeline.Q(slot)) {
     if constexpr (C::kQInRegisters) {
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        if constexpr (C::kDirect) {
-          NarrowQFragment<C>(registers_[k], at, pipeline.smem + (tile_ - pipeline.base), k);
-        } else {
-          QTile<C>::Fragment(registers_[k], at, tile_, k);
-        }
-      }
+      for (int k = 0; k < kSteps; ++k) QTile<C>::Fragment(registers_[k], at, tile_, k);
     }
   }
   __device__ __forceinline__ void Get(uint32_t (&a)[4], const BlockLayout<C>& at, int k) const {
@@ -191,7 +185,15 @@ __device__ __forceinline__ void Consume(const LaunchParams& p,
     if (info.valid == 0) return;
     const QTile<C> q(p, info.item);
     TransformQueries<C, Variant>(p, variant, q, pipeline, pipeline.Q(items.slot));
-    const QFragments<C> q_fragments(at, pipeline, items.slot);
+    const auto q_fragments = [&] {
+      if constexpr (C::kDirect) {
+        NarrowQueries<C> queries;
+        queries.Load(at, pipeline.smem + (pipeline.Q(items.slot) - pipeline.base));
+        return queries;
+      } else {
+        return QFragments<C>(at, pipeline, items.slot);
+      }
+    }();
     if constexpr (C::kQInRegisters) release(pipeline.ItemEmpty(items.slot));
     const ItemMask<C, Variant> mask(p, variant, info, q, at);
 

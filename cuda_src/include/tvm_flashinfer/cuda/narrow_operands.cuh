@@ -7,6 +7,8 @@
 #ifndef TVM_FLASHINFER_CUDA_NARROW_OPERANDS_CUH_
 #define TVM_FLASHINFER_CUDA_NARROW_OPERANDS_CUH_
 
+#include <type_traits>
+
 #include "block_layout.cuh"
 #include "element.cuh"
 #include "ptx.cuh"
@@ -17,10 +19,14 @@ namespace cuda {
 /*! \brief Four 8-bit floats as two pairs of operands. */
 template <typename C>
 __device__ __forceinline__ void Widen(uint32_t packed, uint32_t (&pairs)[2]) {
-  float x[4];
-  ptx::ToFloat4<typename C::Pool>(packed, x);
-  pairs[0] = ptx::Pack2<typename C::T>(x[0], x[1]);
-  pairs[1] = ptx::Pack2<typename C::T>(x[2], x[3]);
+  if constexpr (std::is_same_v<typename C::Product, Float16>) {
+    ptx::WidenToHalf4<typename C::Pool>(packed, pairs);
+  } else {
+    float x[4];
+    ptx::ToFloat4<typename C::Pool>(packed, x);
+    pairs[0] = ptx::Pack2<typename C::Product>(x[0], x[1]);
+    pairs[1] = ptx::Pack2<typename C::Product>(x[2], x[3]);
+  }
 }
 
 /*!
@@ -43,11 +49,87 @@ __device__ __forceinline__ void NarrowQFragment(uint32_t (&a)[4], const BlockLay
   }
 }
 
-/*! \brief s = Q K^T of one slice of a stage. `q` gives fragments of NarrowQFragment. */
-template <typename C, typename QFragments>
+/*!
+ * \brief A warp's queries as operands of products (TileConfig::Product). Rows that half precision
+ * does not reach are divided by a power of two, and logits multiplied by it (`exponents`).
+ */
+template <typename C>
+struct NarrowQueries {
+  static constexpr int kSteps = C::kHeadDimQK / 16;
+  uint32_t fragments[kSteps][4];
+  uint32_t exponents = 0;  //!< of this thread's two rows, a byte each
+
+  __device__ __forceinline__ void Load(const BlockLayout<C>& at, const uint8_t* tile) {
+    if constexpr (std::is_same_v<typename C::T, typename C::Product>) {
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) NarrowQFragment<C>(fragments[k], at, tile, k);
+    } else {
+      float top[2];
+      const float whole[2] = {1.0f, 1.0f};
+      LoadRounded(at, tile, whole, top);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        top[h] = fmaxf(top[h], __shfl_xor_sync(0xffffffffu, top[h], 1));
+        top[h] = fmaxf(top[h], __shfl_xor_sync(0xffffffffu, top[h], 2));
+      }
+      if (__any_sync(0xffffffffu, fmaxf(top[0], top[1]) > kLargest)) {
+        float factors[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float exponent = fminf(fmaxf(ceilf(ptx::Log2(top[h])) - 15.0f, 0.0f), 120.0f);
+          exponents |= static_cast<uint32_t>(exponent) << (8 * h);
+          factors[h] = ptx::Exp2(-exponent);
+        }
+        LoadRounded(at, tile, factors, top);
+      }
+    }
+  }
+
+  /*! \brief Logits of products with these queries. */
+  template <int kTiles>
+  __device__ __forceinline__ void Restore(float (&s)[kTiles][4]) const {
+    if constexpr (!std::is_same_v<typename C::T, typename C::Product>) {
+      if (!__any_sync(0xffffffffu, exponents != 0)) return;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float factor = ptx::Exp2(static_cast<float>(exponents >> (8 * h) & 0xffu));
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          s[n][2 * h] *= factor;
+          s[n][2 * h + 1] *= factor;
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr float kLargest = 65504.0f;  //!< of half precision
+
+  /*! \param top The largest magnitude of each row, of this thread's dims and before `factors`. */
+  __device__ __forceinline__ void LoadRounded(const BlockLayout<C>& at, const uint8_t* tile,
+                                              const float (&factors)[2], float (&top)[2]) {
+    using T = typename C::T;
+    top[0] = top[1] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t a[4];
+      NarrowQFragment<C>(a, at, tile, k);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float x = ptx::ToFloat(T{static_cast<uint16_t>(a[i])});
+        const float y = ptx::ToFloat(T{static_cast<uint16_t>(a[i] >> 16)});
+        top[i % 2] = fmaxf(top[i % 2], fmaxf(fabsf(x), fabsf(y)));
+        fragments[k][i] = ptx::Pack2<typename C::Product>(x * factors[i % 2], y * factors[i % 2]);
+      }
+    }
+  }
+};
+
+/*! \brief s = Q K^T of one slice of a stage. */
+template <typename C>
 __device__ __forceinline__ void MultiplyNarrowQK(float (&s)[C::kSliceKV / 8][4],
-                                                 const QFragments& q, const BlockLayout<C>& at,
-                                                 uint32_t k_tile) {
+                                                 const NarrowQueries<C>& q,
+                                                 const BlockLayout<C>& at, uint32_t k_tile) {
 #pragma unroll
   for (int n = 0; n < C::kSliceKV / 8; ++n) {
 #pragma unroll
@@ -57,9 +139,6 @@ __device__ __forceinline__ void MultiplyNarrowQK(float (&s)[C::kSliceKV / 8][4],
   const int chunk = at.lane / 8 % 2;
 #pragma unroll
   for (int k = 0; k < C::kHeadDimQK / 32; ++k) {
-    uint32_t a[2][4];
-    q.Get(a[0], at, 2 * k);
-    q.Get(a[1], at, 2 * k + 1);
 #pragma unroll
     for (int n = 0; n < C::kSliceKV / 16; ++n) {
       uint32_t b[4];  // tokens of the first eight, dims of both halves; then of the second eight
@@ -68,10 +147,12 @@ __device__ __forceinline__ void MultiplyNarrowQK(float (&s)[C::kSliceKV / 8][4],
       for (int i = 0; i < 4; ++i) {
         uint32_t pairs[2];
         Widen<C>(b[i], pairs);
-        ptx::MmaM16N8K16<typename C::T>(s[2 * n + i / 2], a[i % 2], pairs[0], pairs[1]);
+        ptx::MmaM16N8K16<typename C::Product>(s[2 * n + i / 2], q.fragments[2 * k + i % 2],
+                                              pairs[0], pairs[1]);
       }
     }
   }
+  q.Restore(s);
 }
 
 /*! \brief o += P V of one slice of a stage; columns of `o` are BlockLayout::Column. */
@@ -79,7 +160,7 @@ template <typename C>
 __device__ __forceinline__ void MultiplyNarrowPV(float (&o)[C::kHeadDimVO / 8][4],
                                                  const float (&s)[C::kSliceKV / 8][4],
                                                  const BlockLayout<C>& at, uint32_t v_tile) {
-  using T = typename C::T;
+  using T = typename C::Product;
   const int row = at.slice * C::kSliceKV + at.lane % 16;
   const int chunk = at.lane / 16;
 #pragma unroll

@@ -174,32 +174,6 @@ __device__ __forceinline__ float ToFloat(Float8E4M3 x) {
 #endif
 }
 
-/*! \brief Four 8-bit floats that follow each other, the first lowest, as float32. */
-template <typename T>
-__device__ __forceinline__ void ToFloat4(uint32_t packed, float (&x)[4]) {
-#if __CUDA_ARCH__ >= 890
-  uint32_t pair[2];
-  if constexpr (std::is_same_v<T, Float8E4M3>) {
-    asm("{\n\t.reg .b16 lo, hi;\n\tmov.b32 {lo, hi}, %2;\n\tcvt.rn.f16x2.e4m3x2 %0, lo;\n\t"
-        "cvt.rn.f16x2.e4m3x2 %1, hi;\n\t}"
-        : "=r"(pair[0]), "=r"(pair[1])
-        : "r"(packed));
-  } else {
-    asm("{\n\t.reg .b16 lo, hi;\n\tmov.b32 {lo, hi}, %2;\n\tcvt.rn.f16x2.e5m2x2 %0, lo;\n\t"
-        "cvt.rn.f16x2.e5m2x2 %1, hi;\n\t}"
-        : "=r"(pair[0]), "=r"(pair[1])
-        : "r"(packed));
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[i] = ptx::ToFloat(Float16{static_cast<uint16_t>(pair[i / 2] >> (i % 2 * 16))});
-  }
-#else
-#pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] = ptx::ToFloat(T{static_cast<uint8_t>(packed >> (8 * i))});
-#endif
-}
-
 /*! \brief Bytes 0, 2, 1, 3 of a word. */
 __device__ __forceinline__ uint32_t SwapInnerBytes(uint32_t x) {
   uint32_t y;
@@ -229,6 +203,46 @@ __device__ __forceinline__ uint32_t Pack2(float lo, float hi) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
   }
   return packed;
+}
+
+/*! \brief Four 8-bit floats that follow each other, the first lowest, as two pairs of Float16. */
+template <typename T>
+__device__ __forceinline__ void WidenToHalf4(uint32_t packed, uint32_t (&pairs)[2]) {
+#if __CUDA_ARCH__ >= 890
+  if constexpr (std::is_same_v<T, Float8E4M3>) {
+    asm("{\n\t.reg .b16 lo, hi;\n\tmov.b32 {lo, hi}, %2;\n\tcvt.rn.f16x2.e4m3x2 %0, lo;\n\t"
+        "cvt.rn.f16x2.e4m3x2 %1, hi;\n\t}"
+        : "=r"(pairs[0]), "=r"(pairs[1])
+        : "r"(packed));
+  } else {
+    asm("{\n\t.reg .b16 lo, hi;\n\tmov.b32 {lo, hi}, %2;\n\tcvt.rn.f16x2.e5m2x2 %0, lo;\n\t"
+        "cvt.rn.f16x2.e5m2x2 %1, hi;\n\t}"
+        : "=r"(pairs[0]), "=r"(pairs[1])
+        : "r"(packed));
+  }
+#else
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    pairs[i] = Pack2<Float16>(ptx::ToFloat(T{static_cast<uint8_t>(packed >> (16 * i))}),
+                              ptx::ToFloat(T{static_cast<uint8_t>(packed >> (16 * i + 8))}));
+  }
+#endif
+}
+
+/*! \brief The same as float32. */
+template <typename T>
+__device__ __forceinline__ void ToFloat4(uint32_t packed, float (&x)[4]) {
+#if __CUDA_ARCH__ >= 890
+  uint32_t pair[2];
+  WidenToHalf4<T>(packed, pair);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[i] = ptx::ToFloat(Float16{static_cast<uint16_t>(pair[i / 2] >> (i % 2 * 16))});
+  }
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = ptx::ToFloat(T{static_cast<uint8_t>(packed >> (8 * i))});
+#endif
 }
 
 // ---- Arithmetic ----

@@ -66,6 +66,10 @@ struct TileConfig {
   static constexpr bool kDirect = Form::kWidened && !kWide && kWarpsQ == 1 && kQInRegisters &&
                                   kHeadDimQK % 32 == 0 && kHeadDimVO % 32 == 0;
 
+  //! Operands of products. 8-bit floats are widened to half precision, which holds them exactly, in
+  //! one instruction for two, to bfloat16 in four; weights of a softmax are at most 2^8.
+  using Product = std::conditional_t<kDirect && Form::kSoftmax, Float16, T>;
+
   //! Keys are transformed as fragments (key_fragments.cuh): each warp has tokens of its own, and
   //! what an element is combined with is in the same lane.
   static constexpr bool kKeysInRegisters =
