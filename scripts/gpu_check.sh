@@ -6,8 +6,9 @@
 # takes too long does not stop the others; the exit status is the number of failed parts.
 #
 #   scripts/gpu_check.sh [FOLDER] [PART...]     parts: models mlc tests variants cache sm80
-#                                             sanitizer model attention measures host; and racecheck,
-# which is not among the default ones: docs/benchmarks-cuda.md says what it reports.
+#                                             sanitizer model attention measures host; and two that
+# are not among the default ones: racecheck (docs/benchmarks-cuda.md says what it reports), and grid,
+# whose kernels `tests/gpu/kernels.py --grid` puts into the folder.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder="${1:-build/gpu_bundle}"
@@ -56,6 +57,7 @@ part mlc 120 "${pytest[@]}" tests/gpu/test_gpu_mlc.py
 part tests 120 "${pytest[@]}" tests/gpu/test_gpu_attention.py
 part variants 120 "${pytest[@]}" tests/gpu/test_gpu_variants.py
 part cache 120 "${pytest[@]}" tests/gpu/test_gpu_kv_cache.py
+part grid 580 "${pytest[@]}" tests/gpu/test_gpu_grid.py
 part sm80 120 env TVM_FLASHINFER_GPU_ARCH=80 "${pytest[@]}" tests/gpu/test_gpu_attention.py
 part sanitizer 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
   "${pytest[@]}" tests/gpu -k "shared_prefix or window or forks or trees or latent"

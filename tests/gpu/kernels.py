@@ -7,6 +7,7 @@ that is traced: stand-ins carry what the runtime asks of one.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from dataclasses import dataclass
@@ -68,6 +69,15 @@ ALL = [
 ]
 
 
+#: What test_gpu_grid.py runs: compiled when it is asked for.
+GRID = [
+    Kernel(variant, dim, dim, dtype, dtype)
+    for dtype in ("float16", "bfloat16")
+    for dim in (32, 64, 80, 128, 256)
+    for variant in ("causal", "full")
+]
+
+
 def variant_of(name: str) -> Any:
     """The variant of a name; making it needs no compiler, compiling it does."""
     from tvm_flashinfer import variants
@@ -99,8 +109,8 @@ def stand_in(name: str) -> Any:
 MERGED = ("float32", "float16", "bfloat16")
 
 
-def build(names: list[str] | None = None) -> None:
-    """Compile into the folder what is not there."""
+def build(kernels: list[Kernel]) -> None:
+    """Compile kernels into the folder, and what merges states."""
     from tvm_flashinfer import jit_cuda
     from tvm_flashinfer.jit import AttentionSpec
 
@@ -112,9 +122,7 @@ def build(names: list[str] | None = None) -> None:
     KERNELS.mkdir(parents=True, exist_ok=True)
     for dtype in MERGED:
         keep(f"merge_states_{dtype}", jit_cuda.build_merge_states(dtype, arch=f"sm_{ARCH}"))
-    for kernel in ALL:
-        if names and kernel.name not in names:
-            continue
+    for kernel in kernels:
         spec = AttentionSpec(
             kernel.dtype,
             kernel.kv_dtype,
@@ -135,4 +143,6 @@ def load(kernel: Kernel | str) -> Any:
 
 
 if __name__ == "__main__":
-    build()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--grid", action="store_true", help="those of test_gpu_grid.py instead")
+    build(GRID if parser.parse_args().grid else ALL)

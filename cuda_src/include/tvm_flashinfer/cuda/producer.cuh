@@ -144,8 +144,6 @@ class Producer {
                                             typename Gather::Rows rows, Tile tile, Full full,
                                             Before before, ReadAhead read_ahead) {
     const int steps = CeilDiv(info.item.kv_count, C::kStepKV);
-    if (first_) gather.Prefetch(rows);
-    first_ = false;
     bool begun = false;
     const auto begin = [&] {
       if (begun) return;
@@ -153,13 +151,19 @@ class Producer {
       before();
       begun = true;
     };
+    if (first_) {
+      gather.Prefetch(rows);
+    } else {
+      begin();
+    }
+    first_ = false;
     for (int step = 0; step < steps; ++step) {
       const auto ahead = gather.Resolve(step + 1);
       if (ClassifyTokens<Variant>(variant_, info, step * C::kStepKV, C::kStepKV) !=
           TileClass::kEmpty) {
         const auto places = gather.Locate(rows);
-        ptx::MbarrierWait(pipeline_.Empty(stages_.slot), stages_.phase ^ 1);
         begin();
+        ptx::MbarrierWait(pipeline_.Empty(stages_.slot), stages_.phase ^ 1);
         gather.Load(places, tile(stages_.slot));
         Arrive(full(stages_.slot));
         stages_.Advance();
