@@ -14,33 +14,17 @@ import torch
 from bench_model import read_bandwidth
 from harness.build import ROOT
 from harness.runtime import load as load_runtime
-from kernels import Kernel, load, stand_in
+from kernels import Kernel, batch_attention
 from modules import FOLDER
 from rotate import rotate_keys
 
 sys.path.insert(0, str(ROOT))
-from tvm_flashinfer import attention as attention_module
 from tvm_flashinfer import variants
-from tvm_flashinfer.attention import BatchAttention
 from tvm_flashinfer.layout import BlockSparseLayout, PrefixLevel
 
 load_runtime()
 
 PAGE = 16
-
-
-def made(kernel: Kernel, heads: tuple[int, int], **bounds: int) -> BatchAttention:
-    attention_module._kernel_of = lambda *_: load(kernel)
-    return BatchAttention(
-        *heads,
-        kernel.head_dim_qk,
-        kernel.head_dim_vo,
-        dtype=kernel.dtype,
-        kv_dtype=kernel.kv_dtype,
-        variant=stand_in(kernel.variant),
-        device="cuda",
-        **bounds,
-    )
 
 
 def microseconds(launches: list[Callable[[], Any]], repeats: int = 20) -> float:
@@ -76,7 +60,7 @@ def decode(batch: int, length: int) -> BlockSparseLayout:
 
 
 def latent(bandwidth: float, heads: int) -> None:
-    step = made(
+    step = batch_attention(
         Kernel("causal", 576, 512, "bfloat16", "bfloat16"),
         (heads, 1),
         max_requests=64,
@@ -109,10 +93,10 @@ def narrow_and_rope(bandwidth: float) -> None:
         tuple(torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in "kv")
         for _ in range(2)
     ]
-    plain = made(Kernel("causal", 128, 128, "bfloat16", "bfloat16"), (32, 8), **bounds)
+    plain = batch_attention(Kernel("causal", 128, 128, "bfloat16", "bfloat16"), (32, 8), **bounds)
     plain.plan(layout)
     alone = microseconds([lambda kv=kv: plain.run(q, *kv, out=out) for kv in pools])
-    fused = made(Kernel("rope128", 128, 128, "bfloat16", "bfloat16"), (32, 8), **bounds)
+    fused = batch_attention(Kernel("rope128", 128, 128, "bfloat16", "bfloat16"), (32, 8), **bounds)
     fused.plan(layout)
     frequencies = 10000.0 ** (-np.arange(64) / 64)
     fused.set_params(
@@ -153,7 +137,9 @@ def narrow_and_rope(bandwidth: float) -> None:
         f"{copied:.1f}: {inside / copied - 1:+.0%}), outputs differ by {error:.1e}",
         flush=True,
     )
-    narrow = made(Kernel("causal", 128, 128, "bfloat16", "float8_e4m3fn"), (32, 8), **bounds)
+    narrow = batch_attention(
+        Kernel("causal", 128, 128, "bfloat16", "float8_e4m3fn"), (32, 8), **bounds
+    )
     narrow.plan(layout)
     small = [tuple(x.to(torch.float8_e4m3fn).view(torch.uint8) for x in kv) for kv in pools]
     time = microseconds([lambda kv=kv: narrow.run(q, *kv, out=out) for kv in small])
@@ -179,7 +165,7 @@ def shared_prefix() -> None:
         one, one * (len(shared) + own), flat_ids.astype(np.int32), last, PAGE
     )
     bounds = {"max_requests": children, "max_q_tokens": children, "max_levels": 2}
-    flat = made(kernel, (32, 8), max_kv_pages=len(flat_ids), **bounds)
+    flat = batch_attention(kernel, (32, 8), max_kv_pages=len(flat_ids), **bounds)
     flat.plan(flat_layout)
     slow = microseconds([lambda: flat.run(q, k, v, out=out)], 5)
     expected = out.clone()
@@ -188,7 +174,7 @@ def shared_prefix() -> None:
         PrefixLevel(one, one * own, rest, last),
     ]
     layout = BlockSparseLayout.shared_prefix(one, levels, PAGE)
-    step = made(kernel, (32, 8), max_kv_pages=pages, **bounds)
+    step = batch_attention(kernel, (32, 8), max_kv_pages=pages, **bounds)
     step.plan(layout)
     fast = microseconds([lambda: step.run(q, k, v, out=out)])
     error = (out.float() - expected.float()).norm() / expected.float().norm()

@@ -12,6 +12,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 from modules import ARCH, FOLDER
 
@@ -140,6 +141,23 @@ def load(kernel: Kernel | str) -> Any:
     name = kernel if isinstance(kernel, str) else kernel.name
     about = json.loads((KERNELS / f"{name}.json").read_text())
     return getattr(tvm_ffi.load_module(str(KERNELS / f"{name}.so")), about["symbol"])
+
+
+def batch_attention(kernel: Kernel, heads: tuple[int, int], **options: Any) -> Any:
+    """A BatchAttention of a compiled kernel; TVM's runtime has been loaded (harness.runtime)."""
+    from tvm_flashinfer import attention
+
+    with mock.patch.object(attention, "_kernel_of", lambda *_: load(kernel)):
+        return attention.BatchAttention(
+            *heads,
+            kernel.head_dim_qk,
+            kernel.head_dim_vo,
+            dtype=kernel.dtype,
+            kv_dtype=kernel.kv_dtype,
+            variant=stand_in(kernel.variant),
+            device="cuda",
+            **options,
+        )
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ scripts/gpu_check.sh that is asked for by name.
 from __future__ import annotations
 
 import sys
-from unittest import mock
 
 import numpy as np
 import pytest
 from harness.build import ROOT
 from harness.runtime import load as load_runtime
-from kernels import GRID, KERNELS, Kernel, load, stand_in
+from kernels import GRID, KERNELS, Kernel, batch_attention
 
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
@@ -24,9 +23,6 @@ sys.path.insert(0, str(ROOT / "tests" / "core"))
 import oracle
 from batches import TOLERANCE, PagedBatch
 from test_attention_grid import PAIRS
-
-from tvm_flashinfer import attention as attention_module
-from tvm_flashinfer.attention import BatchAttention
 
 load_runtime()
 
@@ -37,19 +33,13 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(kernel: Kernel, batch: PagedBatch) -> tuple[np.ndarray, np.ndarray]:
-    with mock.patch.object(attention_module, "_kernel_of", lambda *_: load(kernel)):
-        step = BatchAttention(
-            *batch.heads,
-            kernel.head_dim_qk,
-            kernel.head_dim_vo,
-            dtype=kernel.dtype,
-            kv_dtype=kernel.kv_dtype,
-            variant=stand_in(kernel.variant),
-            device="cuda",
-            max_requests=len(batch.pairs),
-            max_q_tokens=max(1, len(batch.q)),
-            max_kv_pages=batch.layout.num_pages,
-        )
+    step = batch_attention(
+        kernel,
+        batch.heads,
+        max_requests=len(batch.pairs),
+        max_q_tokens=max(1, len(batch.q)),
+        max_kv_pages=batch.layout.num_pages,
+    )
     step.plan(batch.layout)
     o, lse = step.run(*(x.cuda() for x in batch.tensors()), return_lse=True)
     return o.float().cpu().numpy(), lse.cpu().numpy()

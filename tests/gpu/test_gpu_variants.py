@@ -13,7 +13,7 @@ import pytest
 import torch
 from harness.build import ROOT
 from harness.runtime import load as load_runtime
-from kernels import ALL, KERNELS, SHIPPED, Kernel, load, stand_in
+from kernels import ALL, KERNELS, SHIPPED, Kernel, batch_attention
 
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
@@ -23,7 +23,6 @@ import oracle
 from batches import TOLERANCE, PagedBatch
 from variant_definitions import DEFINITIONS, Grid, Sizes, attend
 
-from tvm_flashinfer import attention as attention_module
 from tvm_flashinfer.attention import BatchAttention
 from tvm_flashinfer.layout import BlockSparseLayout
 
@@ -36,23 +35,13 @@ pytestmark = pytest.mark.skipif(not COMPILED, reason="no kernels: scripts/gpu_bu
 
 
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., BatchAttention]:
+def make() -> Callable[..., BatchAttention]:
     """A BatchAttention of a compiled kernel."""
 
     def made(kernel: Kernel, heads: tuple[int, int], **options: Any) -> BatchAttention:
         if kernel.name not in COMPILED:
             pytest.skip(f"{kernel.name} is not in the bundle")
-        monkeypatch.setattr(attention_module, "_kernel_of", lambda *_: load(kernel))
-        return BatchAttention(
-            *heads,
-            kernel.head_dim_qk,
-            kernel.head_dim_vo,
-            dtype=kernel.dtype,
-            kv_dtype=kernel.kv_dtype,
-            variant=stand_in(kernel.variant),
-            device="cuda",
-            **options,
-        )
+        return batch_attention(kernel, heads, **options)
 
     return made
 

@@ -31,9 +31,8 @@ struct QTile {
         rows(item.q_count * p.group.value()),
         kv_head(item.head) {}
 
-  __device__ __forceinline__ int Token(int row) const {
-    return group.Divide(row);
-  }  //!< in the tile
+  /*! \brief Token of a packed row, within the tile; and its query head. */
+  __device__ __forceinline__ int Token(int row) const { return group.Divide(row); }
   __device__ __forceinline__ int Head(int row) const {
     return kv_head * group.value() + group.Rest(row);
   }
